@@ -1,0 +1,144 @@
+"""FLOPs of one training step, counted analytically.
+
+Counted are matrix products and attention; a multiplication with its addition is 2. Norms, activations, softmax
+and other element-wise work are left out, as is usual (Chowdhery et al., 2022, arXiv:2204.02311, appendix B).
+These are model FLOPs: what the mathematics asks for, whatever the kernels do. Causal attention counts half,
+within each document alone, and neither activation recomputation nor a flash kernel's second look at the scores
+adds anything. Model FLOPs over time and over the hardware's peak give the MFU.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megamed.models.projector import ProjectorConfig, tokens_per_frame
+from megamed.models.vision import VisionConfig
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of a part of the model in one step.
+
+    Attributes:
+        forward: of the forward pass.
+        backward: of the backward pass, all parameters trained.
+    """
+
+    forward: int
+    backward: int
+
+    @property
+    def total(self) -> int:
+        """Forward and backward."""
+        return self.forward + self.backward
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.forward + other.forward, self.backward + other.backward)
+
+
+def _matmul(num_rows: int, in_features: int, out_features: int) -> int:
+    return 2 * num_rows * in_features * out_features
+
+
+def _attention(num_heads: int, head_dim: int, length: int) -> int:
+    """Scores and weighted sum of values, every position looking at every position."""
+    return 2 * _matmul(length, num_heads * head_dim, length)
+
+
+def vision_flops(config: VisionConfig, num_frames: int, image_size: int | None = None) -> Flops:
+    """FLOPs of the vision tower.
+
+    Args:
+        config: the tower.
+        num_frames: frames in the step.
+        image_size: side of the frames in pixels, `config.image_size` if None.
+    """
+    hidden_size = config.hidden_size
+    num_patches = ((image_size or config.image_size) // config.patch_size) ** 2
+    length = 1 + num_patches
+    embedding = _matmul(num_patches, config.num_channels * config.patch_size**2, hidden_size)
+    layer = (
+        _matmul(length, hidden_size, 3 * hidden_size)
+        + _attention(config.num_heads, hidden_size // config.num_heads, length)
+        + _matmul(length, hidden_size, hidden_size)
+        + 2 * _matmul(length, hidden_size, config.intermediate_size)
+    )
+    forward = num_frames * (embedding + config.num_layers_run * layer)
+    # Pixels need no gradient: the embedding's backward is the weight's gradient alone.
+    return Flops(forward, 2 * forward - num_frames * embedding)
+
+
+def projector_flops(
+    config: ProjectorConfig, num_frames: int, image_size: int = 448, patch_size: int = 14
+) -> Flops:
+    """FLOPs of the projector, its input's gradient included.
+
+    Args:
+        config: the projector.
+        num_frames: frames in the step.
+        image_size: side of the frames in pixels.
+        patch_size: side of a patch in pixels.
+    """
+    num_tokens = num_frames * tokens_per_frame(image_size, patch_size, config.downsample_ratio)
+    language_size = config.language_hidden_size
+    forward = _matmul(num_tokens, config.input_size + language_size, language_size)
+    return Flops(forward, 2 * forward)
+
+
+def language_flops(
+    document_lengths: Sequence[int],
+    *,
+    hidden_size: int,
+    num_layers: int,
+    num_attention_heads: int,
+    num_query_groups: int,
+    head_dim: int,
+    ffn_hidden_size: int,
+    vocab_size: int,
+    swiglu: bool = True,
+    num_moe_layers: int = 0,
+    num_moe_experts: int = 0,
+    moe_router_topk: int = 0,
+    moe_ffn_hidden_size: int = 0,
+    moe_shared_expert_size: int = 0,
+    causal: bool = True,
+) -> Flops:
+    """FLOPs of a decoder-only language model, the output layer included.
+
+    Args:
+        document_lengths: tokens of each document, visual tokens included; attention stays within a document.
+        hidden_size: width of the residual stream.
+        num_layers: all transformer layers, dense and mixture-of-experts.
+        num_attention_heads: query heads.
+        num_query_groups: key and value heads.
+        head_dim: size of a head.
+        ffn_hidden_size: inner width of a dense layer's MLP.
+        vocab_size: rows of the output layer.
+        swiglu: MLPs and experts are gated: three matrices instead of two.
+        num_moe_layers: how many of the layers are mixture-of-experts.
+        num_moe_experts: experts the router chooses from in such a layer.
+        moe_router_topk: experts that a token visits.
+        moe_ffn_hidden_size: inner width of an expert.
+        moe_shared_expert_size: inner width of all shared experts of a layer together.
+        causal: count causal attention at half of full attention (model FLOPs). False counts it in full, which
+            is what kernels do that compute all scores and mask them.
+    """
+    num_tokens = sum(document_lengths)
+    query_size, key_value_size = num_attention_heads * head_dim, 2 * num_query_groups * head_dim
+    num_mlp_matrices = 3 if swiglu else 2
+    projections = _matmul(num_tokens, hidden_size, query_size + key_value_size) + _matmul(
+        num_tokens, query_size, hidden_size
+    )
+    full_attention = sum(_attention(num_attention_heads, head_dim, length) for length in document_lengths)
+    attention = full_attention // 2 if causal else full_attention
+    dense = num_mlp_matrices * _matmul(num_tokens, hidden_size, ffn_hidden_size)
+    width_visited = moe_router_topk * moe_ffn_hidden_size + moe_shared_expert_size
+    moe = _matmul(num_tokens, hidden_size, num_moe_experts) + num_mlp_matrices * _matmul(
+        num_tokens, hidden_size, width_visited
+    )
+    forward = (
+        num_layers * (projections + attention)
+        + (num_layers - num_moe_layers) * dense
+        + num_moe_layers * moe
+        + _matmul(num_tokens, hidden_size, vocab_size)
+    )
+    return Flops(forward, 2 * forward)

@@ -1,0 +1,61 @@
+"""Builds the chunks of Megatron's `GPTModel` that one rank holds."""
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megamed.models.language.config import LanguageConfig
+from megamed.models.language.spec import decoder_block_spec
+from megamed.runtime import ParallelConfig, has_transformer_engine
+
+
+def build_language_chunks(
+    config: LanguageConfig,
+    parallel: ParallelConfig,
+    groups: ProcessGroupCollection,
+    dtype: torch.dtype,
+    use_transformer_engine: bool | None = None,
+) -> list[GPTModel]:
+    """The model chunks of this rank, one for each virtual pipeline stage. Weights are not initialised.
+
+    Args:
+        config: the model.
+        parallel: the layout; decides how many layers this rank builds.
+        groups: Megatron's process groups.
+        dtype: parameter and activation type.
+        use_transformer_engine: None takes it where it is present.
+
+    Raises:
+        UserError: the model does not divide by the layout.
+    """
+    config.validate(parallel)
+    transformer = config.to_mcore(parallel, dtype)
+    te = has_transformer_engine() if use_transformer_engine is None else use_transformer_engine
+    return [_chunk(config, transformer, groups, te, stage, parallel) for stage in range(parallel.virtual_pipeline)]
+
+
+def _chunk(
+    config: LanguageConfig,
+    transformer: TransformerConfig,
+    groups: ProcessGroupCollection,
+    use_transformer_engine: bool,
+    stage: int,
+    parallel: ParallelConfig,
+) -> GPTModel:
+    rank, size = groups.pp.rank(), groups.pp.size()
+    vp_stage = stage if parallel.virtual_pipeline > 1 else None
+    return GPTModel(
+        config=transformer,
+        transformer_layer_spec=decoder_block_spec(transformer, use_transformer_engine, rank, vp_stage),
+        vocab_size=config.padded_vocab_size,
+        max_sequence_length=config.max_positions,
+        pre_process=rank == 0 and stage == 0,
+        post_process=rank == size - 1 and stage == parallel.virtual_pipeline - 1,
+        parallel_output=True,
+        share_embeddings_and_output_weights=config.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=int(config.rotary_base),
+        pg_collection=groups,
+        vp_stage=vp_stage,
+    )

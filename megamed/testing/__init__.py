@@ -1,0 +1,1 @@
+"""Helpers for the tests: gloo ranks that start once, tiny models, synthetic studies. Nothing else imports them."""

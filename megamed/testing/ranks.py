@@ -1,0 +1,118 @@
+"""Runs functions on several gloo ranks, in processes that start once for a whole test session.
+
+The processes are forked from a server that has imported megamed already, so that 8 ranks cost one import.
+"""
+
+import multiprocessing as mp
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+
+class RankError(AssertionError):
+    """A rank raised, died or did not answer; the message has its traceback."""
+
+
+class RankPool:
+    """Up to `size` rank processes, started when first needed and reused by every `run`."""
+
+    def __init__(self, size: int = 8, timeout_s: float = 300.0):
+        self.size = size
+        self.timeout_s = timeout_s
+        self._workers: list[tuple[Any, Connection]] = []
+        self._context = mp.get_context("forkserver")
+        self._context.set_forkserver_preload(["megamed.testing.preload"])
+
+    def run(self, function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+        """Call `function(*args)` on `world_size` ranks of a new process group.
+
+        Args:
+            function: a module-level function; runs with `torch.distributed` initialised.
+            world_size: number of ranks.
+            args: the same for every rank; picklable.
+
+        Returns:
+            What each rank returned, by rank.
+
+        Raises:
+            RankError: a rank raised, died, or the time ran out. All ranks are replaced.
+        """
+        while len(self._workers) < world_size:
+            self._workers.append(self._start())
+        workers = self._workers[:world_size]
+        with tempfile.TemporaryDirectory() as folder:
+            for rank, (_, pipe) in enumerate(workers):
+                pipe.send((sys.path, function, args, rank, world_size, os.path.join(folder, "store")))
+            return self._collect(workers)
+
+    def close(self) -> None:
+        """End all rank processes."""
+        for process, _ in self._workers:
+            process.kill()
+            process.join()
+        self._workers = []
+
+    def _start(self) -> tuple[Any, Connection]:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        return process, ours
+
+    def _collect(self, workers: list[tuple[Any, Connection]]) -> list[Any]:
+        results: dict[int, Any] = {}
+        ranks = {pipe: rank for rank, (_, pipe) in enumerate(workers)}
+        deadline = time.monotonic() + self.timeout_s
+        while len(results) < len(workers):
+            ready = wait([p for p, r in ranks.items() if r not in results], timeout=deadline - time.monotonic())
+            if not ready:
+                missing = sorted(set(range(len(workers))) - set(results))
+                self.close()
+                raise RankError(f"ranks {missing} did not answer within {self.timeout_s} s")
+            for pipe in ready:
+                rank = ranks[pipe]  # type: ignore[index]
+                try:
+                    failed, value = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    failed, value = True, "the process died"
+                if failed:
+                    self.close()
+                    raise RankError(f"rank {rank} of {len(workers)}:\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(len(workers))]
+
+
+def _serve(pipe: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            path, function, args, rank, world_size, store = pipe.recv()
+        except EOFError:
+            return
+        sys.path[:] = path
+        try:
+            dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+            value = function(*args)
+            pipe.send((False, value))
+        except BaseException:
+            pipe.send((True, traceback.format_exc()))
+        finally:
+            _leave()
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    from megamed.runtime import destroy_mesh
+
+    destroy_mesh()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,78 @@
+"""A source of random microbatches that mixes many-frame, one-frame and text-only documents."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megamed.data import FrameRef, Microbatch
+
+# Frames of each document, by microbatch: many, one and none, a microbatch without any, and uneven remainders.
+MIXED = ((5, 0, 1), (0, 0), (1,), (7, 2))
+
+
+class SyntheticSource:
+    """Random tokens and frames, a pure function of the microbatch's index.
+
+    Args:
+        seq_length: tokens of a packed row.
+        tokens_per_frame: visual tokens of a frame.
+        image_size: side of a frame in pixels.
+        vocab_size: tokens to draw from.
+        plan: frames of each document, by microbatch; repeated over and over.
+    """
+
+    def __init__(
+        self,
+        seq_length: int = 64,
+        tokens_per_frame: int = 4,
+        image_size: int = 28,
+        vocab_size: int = 250,
+        plan: Sequence[Sequence[int]] = MIXED,
+    ):
+        self.seq_length, self.tokens_per_frame = seq_length, tokens_per_frame
+        self.image_size, self.vocab_size, self.plan = image_size, vocab_size, plan
+
+    def microbatch(self, index: int) -> Microbatch:
+        """The microbatch with this index."""
+        rng = np.random.default_rng((7, index))
+        tokens = np.zeros(self.seq_length, np.int64)
+        kinds = np.zeros(self.seq_length, np.uint8)
+        positions = np.zeros(self.seq_length, np.int64)
+        visual: list[int] = []
+        bounds, cursor, frames = [0], 0, []
+        for num_frames in self.plan[index % len(self.plan)]:
+            text = int(rng.integers(5, 9))
+            length = text + num_frames * self.tokens_per_frame
+            tokens[cursor : cursor + length] = rng.integers(1, self.vocab_size, length)
+            positions[cursor : cursor + length] = np.arange(length)
+            split = text // 2  # text, frames, then labelled text
+            visual += range(cursor + split, cursor + length - (text - split))
+            kinds[cursor : cursor + split - 1] = 1
+            kinds[cursor + length - (text - split) : cursor + length - 1] = 2
+            frames += [FrameRef(first=index, num_volumes=num_frames, index=i + 100 * len(bounds)) for i in range(num_frames)]
+            cursor += length
+            bounds.append(cursor)
+        positions[cursor:] = np.arange(self.seq_length - cursor)
+        if cursor < self.seq_length:
+            bounds.append(self.seq_length)
+        return Microbatch(
+            tokens_S=torch.from_numpy(tokens),
+            labels_S=torch.from_numpy(np.roll(tokens, -1)),
+            loss_kind_S=torch.from_numpy(kinds),
+            position_S=torch.from_numpy(positions),
+            cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+            num_real=cursor,
+            visual_positions=torch.tensor(visual, dtype=torch.int64),
+            frames=frames,
+            sample_ids=[f"synthetic-{index}"],
+        )
+
+    def load_frames(self, frames: Sequence[FrameRef]) -> Tensor:
+        """Random pixels [N, 3, size, size], a pure function of each reference."""
+        size = self.image_size
+        if not frames:
+            return torch.empty(0, 3, size, size)
+        draws = [np.random.default_rng((11, f.first, f.index)).standard_normal((3, size, size)) for f in frames]
+        return torch.from_numpy(np.stack(draws).astype(np.float32))

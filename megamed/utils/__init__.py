@@ -1,0 +1,5 @@
+"""Small helpers that everything else may use: errors, logging, optional imports."""
+
+from megamed.utils.errors import UserError
+
+__all__ = ["UserError"]
