@@ -70,11 +70,11 @@ def _prepare(text: str, folder: Path) -> str:
     option = override.value()
     if (folder / key).is_dir():
         if not isinstance(option, str | list):
-            raise UserError(f"{text}: {key} is a config group, and takes the name of a file in {folder.name}/{key}",
-                            everywhere=True)
+            raise UserError(f"{text}: {key} is a config group, and takes the name of a file in "
+                            f"{folder.name}/{key}", everywhere=True)
         return text
     groups = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_dir())
-    # A value's key may look like a group's name. That the group has such a file, too, tells that it was meant.
+    # A value's key may look like a group's name. That the group has such a file tells that it was meant.
     meant = [group for group in groups if (folder / group / f"{option}.yaml").is_file()]
     hint = did_you_mean(key, meant, f"{_plus(text)}{{}}={option}")
     if "/" in key or ("." not in key and hint and not override.is_force_add()):
@@ -119,9 +119,10 @@ def _plus(text: str) -> str:
 
 
 def _to_plain(value: Any) -> Any:
-    """Dataclasses as dicts of the fields that can be set, and tuples as lists, which is what YAML can hold."""
+    """Dataclasses as dicts of the fields that can be set, and tuples as lists: what YAML can hold."""
     if dataclasses.is_dataclass(value):
-        return {field.name: _to_plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+        names = [field.name for field in dataclasses.fields(value) if field.init]
+        return {name: _to_plain(getattr(value, name)) for name in names}
     if isinstance(value, dict):
         return {key: _to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

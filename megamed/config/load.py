@@ -84,7 +84,7 @@ class _Loader:
         """The value as the annotation wants it; `_INVALID`, and an error noted, if it does not fit."""
         origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
         if origin in (typing.Union, types.UnionType):
-            return self._union(arguments, value, path)
+            return self._union(hint, value, path)
         if origin is Literal:
             return self._literal(arguments, value, path)
         if dataclasses.is_dataclass(hint):
@@ -112,12 +112,13 @@ class _Loader:
         # By type as well, because True == 1.
         if any(value == choice and type(value) is type(choice) for choice in choices):
             return value
-        hint = did_you_mean(value, [c for c in choices if isinstance(c, str)]) if isinstance(value, str) else ""
+        hint = did_you_mean(str(value), [choice for choice in choices if isinstance(choice, str)])
         known = f"choices: {', '.join(_show(choice) for choice in choices)}"
         self.errors.append(f"{path}: {_show(value)} is no choice; {f'{hint} ({known})' if hint else known}")
         return _INVALID
 
-    def _union(self, members: tuple[Any, ...], value: Any, path: str) -> Any:
+    def _union(self, hint: Any, value: Any, path: str) -> Any:
+        members = typing.get_args(hint)
         if type(value) in members:
             return value
         inner: list[list[str]] = []
@@ -129,9 +130,10 @@ class _Loader:
             if _holds(member, value):
                 inner.append(trial.errors)
         if not inner:
-            return self._unexpected(typing.Union[members], value, path)
+            return self._unexpected(hint, value, path)
         # Of the members that are of the value's shape, the one that it fits best was meant.
-        self.errors.extend(min(inner, key=len))
+        nearest = min(inner, key=len)
+        self.errors.extend(nearest)
         return _INVALID
 
     def _sequence(self, origin: type, arguments: tuple[Any, ...], value: Any, path: str) -> Any:
@@ -150,8 +152,9 @@ class _Loader:
 
     def _dict(self, hints: tuple[Any, ...], value: Mapping[Any, Any], path: str) -> Any:
         key_hint, value_hint = hints
-        return {self.convert(key_hint, key, f"{path}, key {key}"): self.convert(value_hint, item, f"{path}.{key}")
-                for key, item in value.items()}
+        keys = [self.convert(key_hint, key, f"{path}, key {key}") for key in value]
+        items = [self.convert(value_hint, item, f"{path}.{key}") for key, item in value.items()]
+        return dict(zip(keys, items, strict=True))
 
     def _dataclass(self, cls: Any, value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):

@@ -33,8 +33,8 @@ class DataConfig:
     min_volumes: int = 3
     max_volumes: int = 8
     held_out: float = 0.25
-    questions: int = 2
-    text_only: float = 0.1
+    questions: int = 3
+    text_only: float = 0.05
 
 
 def validate(config: DataConfig) -> None:

@@ -3,16 +3,16 @@
 Shape suffixes: X, Y, Z voxel axes (RAS), T volumes in time, C channels, H and W pixels of the
 mosaic or of the frame.
 
-| channel | what it shows | 0 | 1 |
-|---|---|---|---|
-| 0 | signal | 1st percentile of the stretch | 99th percentile |
-| 1 | percent change of each voxel of the head against the stretch's mean volume | -3 % | +3 % |
-| 2 | percent change of the mean over the head, one value all over it | -1 % | +1 % |
+| channel | what it shows | value |
+|---|---|---|
+| 0 | signal | 0 to 1 from the 1st to the 99th percentile of the stretch, clipped |
+| 1 | change c of each voxel of the head against the stretch's mean volume | (1 + c / 3 %) / 2, clipped |
+| 2 | change c of the mean over the head, one value all over it | (1 + tanh(c / 0.2 %)) / 2 |
 
-What lies beyond the ends is clipped; outside the head channels 1 and 2 are 0.5: no change. An
-activation is a few percent of a voxel's signal, but averaging over the head leaves some tenths of
-a percent, hence the finer scale of channel 2. All three are then normalised with the ImageNet mean
-and standard deviation, as InternVL's image processor does.
+Outside the head channels 1 and 2 are 0.5: no change. An activation is a few percent of a voxel's
+signal, but averaging over the head leaves some tenths of a percent, hence the finer scale of
+channel 2, and its soft ends: a brighter volume stays brighter, however far a run drifts. All three
+are then normalised with the ImageNet mean and standard deviation, as InternVL's image processor does.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from megamed.data.facts import head_mask, head_signal
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# Change that reaches the end of the scale, in percent: of one voxel, and of the mean over the head.
-VOXEL_FULL_SCALE = 3.0
-HEAD_FULL_SCALE = 1.0
+# Scales of channels 1 and 2, in percent.
+VOXEL_SCALE = 3.0
+HEAD_SCALE = 0.2
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,13 @@ def _frame(volume_XYZ: np.ndarray, head_change: float, scale: StretchScale, size
     signal_XYZ = (volume_XYZ - scale.low) / span if span > 0 else np.zeros_like(volume_XYZ)
     change_XYZ = np.zeros_like(volume_XYZ)
     np.divide(volume_XYZ - scale.mean_XYZ, scale.mean_XYZ, out=change_XYZ, where=scale.mask_XYZ)
-    change_XYZ *= 100.0 / VOXEL_FULL_SCALE
-    head_XYZ = scale.mask_XYZ * np.float32(head_change / HEAD_FULL_SCALE)
+    change_XYZ *= 100.0 / VOXEL_SCALE
+    head_XYZ = scale.mask_XYZ * np.float32(np.tanh(head_change / HEAD_SCALE))
     channels_CHW = np.stack(
         [
             _mosaic(np.clip(signal_XYZ, 0, 1), 0.0),
             _mosaic(0.5 + 0.5 * np.clip(change_XYZ, -1, 1), 0.5),
-            _mosaic(0.5 + 0.5 * np.clip(head_XYZ, -1, 1), 0.5),
+            _mosaic(0.5 + 0.5 * head_XYZ, 0.5),
         ]
     )
     resized_1CHW = torch.nn.functional.interpolate(

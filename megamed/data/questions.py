@@ -33,8 +33,10 @@ class Question:
         statement: the fact as a sentence part, for samples that state it instead of showing frames.
         judge: whether an answer in a model's words is right; the tolerance stands beside each entry.
         min_volumes: volumes that the stretch needs for the question to make sense.
-        shown: whether the frames show it, so that it can be asked of them. What they do not show
-            (the mean signal: frames are scaled by the stretch) is asked only where it is stated.
+        shown: whether it is asked of frames, and not only where the text states it. Frames are scaled
+            by the stretch and do not show the mean signal; the others are left out to keep the kinds few.
+        weight: how often it is asked, relative to the others. What has to be seen is asked more often than
+            what stays the same all through a run.
     """
 
     phrasings: tuple[str, ...]
@@ -43,6 +45,7 @@ class Question:
     judge: Callable[[str, RunFacts], bool]
     min_volumes: int = 1
     shown: bool = True
+    weight: float = 1.0
 
 
 def number_text(value: float, at_most: int = 2) -> str:
@@ -55,7 +58,9 @@ def _voxel_size_text(facts: RunFacts) -> str:
     return " x ".join(number_text(size) for size in facts.voxel_size_mm) + " mm"
 
 
-def _numbers(truth: Callable[[RunFacts], tuple[float, ...]], relative: float, absolute: float = 0.0):
+def _numbers(
+    truth: Callable[[RunFacts], tuple[float, ...]], relative: float, absolute: float = 0.0
+) -> Callable[[str, RunFacts], bool]:
     """A judge: the first numbers of the answer are the true ones within `relative` or `absolute`."""
 
     def judge(answer: str, facts: RunFacts) -> bool:
@@ -68,7 +73,16 @@ def _numbers(truth: Callable[[RunFacts], tuple[float, ...]], relative: float, ab
     return judge
 
 
-def _word(truth: Callable[[RunFacts], str], words: tuple[str, ...]):
+def _count(truth: Callable[[RunFacts], int]) -> Callable[[str, RunFacts], bool]:
+    """A judge: the first number of the answer is the true one, and whole ("4.0 s" is not a count of 4)."""
+
+    def judge(answer: str, facts: RunFacts) -> bool:
+        return next(iter(_NUMBER.findall(answer)), "") == str(truth(facts))
+
+    return judge
+
+
+def _word(truth: Callable[[RunFacts], str], words: tuple[str, ...]) -> Callable[[str, RunFacts], bool]:
     """A judge: the first of `words` in the answer is the true one."""
 
     def judge(answer: str, facts: RunFacts) -> bool:
@@ -96,14 +110,7 @@ QUESTIONS: dict[str, Question] = {
         phrasings=("How many volumes are there?", "Number of volumes?", "How many volumes?"),
         answer=lambda facts: str(facts.num_volumes),
         statement=lambda facts: f"{facts.num_volumes} volumes",
-        judge=_numbers(lambda facts: (facts.num_volumes,), 0.0),  # a count is right or wrong
-    ),
-    "duration": Question(
-        phrasings=("How long do the volumes take?", "What is the duration?", "Duration?"),
-        answer=lambda facts: f"{number_text(facts.duration_s)} s",
-        statement=lambda facts: f"duration {number_text(facts.duration_s)} s",
-        judge=_numbers(lambda facts: (facts.duration_s,), 0.01, 0.0051),  # rounding of the answer
-        min_volumes=2,
+        judge=_count(lambda facts: facts.num_volumes),
     ),
     "drift": Question(
         phrasings=("Does the signal drift up or down?", "Which way does the signal drift?", "Drift?"),
@@ -111,6 +118,7 @@ QUESTIONS: dict[str, Question] = {
         statement=lambda facts: f"drift {facts.drift}",
         judge=_word(lambda facts: facts.drift, ("up", "down", "none")),
         min_volumes=3,
+        weight=3.0,
     ),
     "brightest_third": Question(
         phrasings=("Which third is brightest?", "When is the signal highest?", "Brightest third?"),
@@ -118,12 +126,21 @@ QUESTIONS: dict[str, Question] = {
         statement=lambda facts: f"brightest third {facts.brightest_third}",
         judge=_word(lambda facts: facts.brightest_third, (*THIRDS, "none")),
         min_volumes=3,
+        weight=3.0,
+    ),
+    "duration": Question(
+        phrasings=("How long do the volumes take?", "What is the duration?", "Duration?"),
+        answer=lambda facts: f"{number_text(facts.duration_s)} s",
+        statement=lambda facts: f"duration {number_text(facts.duration_s)} s",
+        judge=_numbers(lambda facts: (facts.duration_s,), 0.01, 0.0051),  # rounding of the answer
+        min_volumes=2,
+        shown=False,
     ),
     "brightest_volume": Question(
         phrasings=("Which volume is brightest, counting from 1?", "Brightest volume, from 1?"),
         answer=lambda facts: str(facts.brightest_volume + 1),
         statement=lambda facts: f"brightest volume {facts.brightest_volume + 1}",
-        judge=_numbers(lambda facts: (facts.brightest_volume + 1,), 0.0),  # an index is right or wrong
+        judge=_count(lambda facts: facts.brightest_volume + 1),
         min_volumes=3,
         shown=False,
     ),
@@ -175,5 +192,6 @@ def ask(facts: RunFacts, rng: np.random.Generator, k: int, *, stated: bool = Fal
         stated: as in `askable`.
     """
     names = askable(facts, stated=stated)
-    chosen = rng.choice(len(names), size=min(k, len(names)), replace=False)
+    weights = np.array([QUESTIONS[name].weight for name in names])
+    chosen = rng.choice(len(names), size=min(k, len(names)), replace=False, p=weights / weights.sum())
     return [ask_one(names[i], facts, rng) for i in chosen]

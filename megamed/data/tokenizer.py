@@ -49,10 +49,12 @@ class TextTokenizer:
         self._tokenizer = tokenizer
         self._pad = pad
         self._chat_template = chat_template or _CHAT_TEMPLATE
-        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.pad_id, self.im_start_id, self.im_end_id, self.img_start_id, self.img_end_id, self.img_context_id = (
-            tokenizer.token_to_id(name) for name in names
-        )
+        vocab = tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values()) + 1
+        self.pad_id = vocab[pad]
+        self.im_start_id, self.im_end_id = vocab[IM_START], vocab[IM_END]
+        self.img_start_id, self.img_end_id = vocab[IMG_START], vocab[IMG_END]
+        self.img_context_id = vocab[IMG_CONTEXT]
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: no special token is added, and none is recognised in it."""
@@ -111,6 +113,9 @@ def load_tokenizer(name_or_dir: str) -> TextTokenizer:
     pad = settings.get("pad_token") or PAD
     pad_name = pad["content"] if isinstance(pad, dict) else str(pad)
     template = settings.get("chat_template")
+    jinja = folder / "chat_template.jinja"  # where newer versions of transformers write it
+    if template is None and jinja.is_file():
+        template = jinja.read_text(encoding="utf-8")
     return TextTokenizer(tokenizer, pad_name, template if isinstance(template, str) else None)
 
 

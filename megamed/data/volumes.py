@@ -89,7 +89,8 @@ def finish_run(signal_XYZT: np.ndarray, affine: np.ndarray, repetition_time_s: f
     orientation = io_orientation(affine) if np.isfinite(affine).all() else np.full((3, 2), np.nan)
     if np.isnan(orientation).any():
         raise UserError(f"{path} has an affine that does not span space; write it again with a valid one")
-    canonical_XYZT = np.asfortranarray(apply_orientation(signal_XYZT, orientation), dtype=np.float32)
+    # A copy of its own, volume after volume: not a view of a file that someone may replace.
+    canonical_XYZT = np.array(apply_orientation(signal_XYZT, orientation), dtype=np.float32, order="F")
     affine_ras = affine @ inv_ornt_aff(orientation, signal_XYZT.shape[:3])
     # Of a raw run the mean volume looks like any volume; of a demeaned one nothing is left in it.
     brightness = np.percentile(canonical_XYZT.mean(axis=3), 98)

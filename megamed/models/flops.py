@@ -1,10 +1,10 @@
 """FLOPs of one training step, counted analytically.
 
-Counted are matrix products and attention; a multiplication with its addition is 2. Norms, activations, softmax
-and other element-wise work are left out, as is usual (Chowdhery et al., 2022, arXiv:2204.02311, appendix B).
-These are model FLOPs: what the mathematics asks for, whatever the kernels do. Causal attention counts half,
-within each document alone, and neither activation recomputation nor a flash kernel's second look at the scores
-adds anything. Model FLOPs over time and over the hardware's peak give the MFU.
+Counted are matrix products and attention; a multiplication with its addition is 2. Norms, activations,
+softmax and other element-wise work are left out, as is usual (Chowdhery et al., 2022, arXiv:2204.02311,
+appendix B). These are model FLOPs: what the mathematics asks for, whatever the kernels do. Causal attention
+counts half, within each document alone, and neither activation recomputation nor a flash kernel's second look
+at the scores adds anything. Model FLOPs over time and over the hardware's peak give the MFU.
 """
 
 from collections.abc import Sequence
@@ -89,17 +89,17 @@ def language_flops(
     *,
     hidden_size: int,
     num_layers: int,
-    num_attention_heads: int,
-    num_query_groups: int,
+    num_heads: int,
+    num_kv_heads: int,
     head_dim: int,
-    ffn_hidden_size: int,
+    intermediate_size: int,
     vocab_size: int,
     swiglu: bool = True,
-    num_moe_layers: int = 0,
-    num_moe_experts: int = 0,
-    moe_router_topk: int = 0,
-    moe_ffn_hidden_size: int = 0,
-    moe_shared_expert_size: int = 0,
+    num_experts: int = 0,
+    top_k: int = 0,
+    moe_intermediate_size: int = 0,
+    shared_intermediate_size: int = 0,
+    first_dense_layers: int = 0,
     causal: bool = True,
 ) -> Flops:
     """FLOPs of a decoder-only language model, the output layer included.
@@ -108,35 +108,33 @@ def language_flops(
         document_lengths: tokens of each document, visual tokens included; attention stays within a document.
         hidden_size: width of the residual stream.
         num_layers: all transformer layers, dense and mixture-of-experts.
-        num_attention_heads: query heads.
-        num_query_groups: key and value heads.
+        num_heads: query heads.
+        num_kv_heads: key and value heads.
         head_dim: size of a head.
-        ffn_hidden_size: inner width of a dense layer's MLP.
+        intermediate_size: inner width of a dense layer's MLP.
         vocab_size: rows of the output layer.
         swiglu: MLPs and experts are gated: three matrices instead of two.
-        num_moe_layers: how many of the layers are mixture-of-experts.
-        num_moe_experts: experts the router chooses from in such a layer.
-        moe_router_topk: experts that a token visits.
-        moe_ffn_hidden_size: inner width of an expert.
-        moe_shared_expert_size: inner width of all shared experts of a layer together.
-        causal: count causal attention at half of full attention (model FLOPs). False counts it in full, which
-            is what kernels do that compute all scores and mask them.
+        num_experts: experts of a mixture-of-experts layer; 0 for a dense model.
+        top_k: experts that a token is sent to.
+        moe_intermediate_size: inner width of an expert.
+        shared_intermediate_size: inner width of the expert that sees every token; 0 for none.
+        first_dense_layers: layers at the bottom that stay dense.
+        causal: count causal attention at half of full attention (model FLOPs). False counts it in full, as
+            kernels do that compute all scores and mask them.
     """
     num_tokens = sum(document_lengths)
-    query_size, key_value_size = num_attention_heads * head_dim, 2 * num_query_groups * head_dim
+    num_moe_layers = num_layers - first_dense_layers if num_experts else 0
+    query_size, key_value_size = num_heads * head_dim, 2 * num_kv_heads * head_dim
+    # In (q, k, v) and out (query_size to hidden_size) are products over the same pairs of sizes.
+    projections = _matmul(num_tokens, hidden_size, 2 * query_size + key_value_size)
+    attention = sum(_attention(num_heads, head_dim, length) for length in document_lengths)
     num_mlp_matrices = 3 if swiglu else 2
-    projections = _matmul(num_tokens, hidden_size, query_size + key_value_size) + _matmul(
-        num_tokens, query_size, hidden_size
-    )
-    full_attention = sum(_attention(num_attention_heads, head_dim, length) for length in document_lengths)
-    attention = full_attention // 2 if causal else full_attention
-    dense = num_mlp_matrices * _matmul(num_tokens, hidden_size, ffn_hidden_size)
-    width_visited = moe_router_topk * moe_ffn_hidden_size + moe_shared_expert_size
-    moe = _matmul(num_tokens, hidden_size, num_moe_experts) + num_mlp_matrices * _matmul(
-        num_tokens, hidden_size, width_visited
-    )
+    dense = num_mlp_matrices * _matmul(num_tokens, hidden_size, intermediate_size)
+    router = _matmul(num_tokens, hidden_size, num_experts)
+    width_visited = top_k * moe_intermediate_size + shared_intermediate_size
+    moe = router + num_mlp_matrices * _matmul(num_tokens, hidden_size, width_visited)
     forward = (
-        num_layers * (projections + attention)
+        num_layers * (projections + (attention // 2 if causal else attention))
         + (num_layers - num_moe_layers) * dense
         + num_moe_layers * moe
         + _matmul(num_tokens, hidden_size, vocab_size)

@@ -49,12 +49,12 @@ def to_ours(table: Sequence[Rename], state_dict: Mapping[str, Tensor]) -> dict[s
                 parts.setdefault(ours, [None] * len(rename.theirs))[part] = tensor
                 break
         else:
-            raise UserError(f"{name} in the checkpoint is not a parameter of this model family: check the model type")
+            raise UserError(f"{name} in the checkpoint is unknown to this model family: check the model type")
     result = {}
     for ours, tensors in parts.items():
         present = [tensor for tensor in tensors if tensor is not None]
         if len(present) < len(tensors):
-            raise UserError(f"the checkpoint lacks part of what makes up {ours}: check that all its files are there")
+            raise UserError(f"the checkpoint lacks a part of {ours}: check that all its files are there")
         result[ours] = present[0] if len(present) == 1 else torch.cat(present)
     return result
 
@@ -65,7 +65,7 @@ def to_theirs(table: Sequence[Rename], state_dict: Mapping[str, Tensor]) -> dict
     Raises:
         UserError: a name is not in the table.
     """
-    result = {}
+    result: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
         for rename in table:
             number = _match(rename.ours, name)

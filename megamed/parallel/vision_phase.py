@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megamed.data import FrameRef, Microbatch
 from megamed.parallel.exchange import Exchange, Shard, deal_frames, plan_exchange
+from megamed.parallel.language_phase import LanguageInput, language_input
 from megamed.runtime import Mesh, current_device
 
 
@@ -133,6 +134,11 @@ class VisionPhase:
                 grad[_index(plan.grad_index)] = returned
                 torch.autograd.backward(passes, list(grad.split([len(p) for p in passes])))
         self._passes, self._rows, self._plan = [], [], None
+
+    def language_inputs(self, microbatches: Sequence[Microbatch], rows: Sequence[Tensor]) -> list[LanguageInput]:
+        """Join microbatches and the rows that `forward` returned for them."""
+        shard = self.shards[self.rank]
+        return [language_input(m, r, shard, self.mesh) for m, r in zip(microbatches, rows, strict=True)]
 
     def _all_to_all(self, rows_RH: Tensor, send_splits: list[int], recv_splits: list[int]) -> Tensor:
         output = rows_RH.new_empty(sum(recv_splits), self.hidden_size)

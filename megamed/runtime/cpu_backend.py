@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.utils._device
 
 _CPU = torch.device("cpu")
 
@@ -71,6 +72,8 @@ def _patch_factories() -> None:
 
         return wrapped
 
+    # `with torch.device("meta")` knows factories by identity and lists them on first use: list the originals.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
 

@@ -23,6 +23,8 @@ def prepare_megatron() -> None:
             cpu_backend.enable()
         # Without Transformer Engine, 0.16.1 names this function without having imported it.
         moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+        importlib.import_module("megatron.core.models.gpt.gpt_model")  # here, where its warnings are quiet
+        importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
 

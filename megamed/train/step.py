@@ -9,24 +9,20 @@ Shapes: S tokens of a packed row, B = 1.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megamed.data import LOSS_KINDS, FrameRef, Microbatch
 from megamed.models.moe import AUX_LOSSES, take_recorded_losses
-from megamed.models.vlm import embed_with_visual_tokens
 from megamed.optim import clip_by_total_norm
-from megamed.parallel import PlacedModel, VisionPhase
+from megamed.parallel import LanguageInput, PlacedModel, VisionPhase, run_schedule
 from megamed.runtime import Mesh, current_device
 
 LoadFrames = Callable[[Sequence[FrameRef]], Tensor]
@@ -53,20 +49,6 @@ class StepReport:
     """Mean over layers and microbatches of each auxiliary loss, before its coefficient."""
 
 
-@dataclass(frozen=True)
-class _Item:
-    """A microbatch as the language model takes it."""
-
-    tokens_BS: Tensor
-    position_BS: Tensor
-    labels_BS: Tensor
-    loss_kind_BS: Tensor
-    padding_BS: Tensor
-    packing: PackedSeqParams
-    rows_RH: Tensor
-    index_R: Tensor
-
-
 class Stepper:
     """Runs training and evaluation steps of a placed model.
 
@@ -74,14 +56,12 @@ class Stepper:
         model: this rank's parts.
         phase: the vision phase over the same encoder.
         mesh: the layout.
-        seq_length: S.
     """
 
-    def __init__(self, model: PlacedModel, phase: VisionPhase, mesh: Mesh, seq_length: int):
+    def __init__(self, model: PlacedModel, phase: VisionPhase, mesh: Mesh):
         self.model = model
         self.phase = phase
         self.mesh = mesh
-        self.seq_length = seq_length
         for chunk in model.language:
             chunk.config.finalize_model_grads_func = finalize_model_grads
 
@@ -129,47 +109,12 @@ class Stepper:
     def _phases(self, microbatches: Sequence[Microbatch], load: LoadFrames, train: bool) -> StepReport:
         rows = self.phase.forward(microbatches, load, keep_graph=train)
         counts = self._counts(microbatches)
-        items = [self._item(m, r) for m, r in zip(microbatches, rows, strict=True)]
+        inputs = self.phase.language_inputs(microbatches, rows)
         # Megatron divides by the number of microbatches and by the data-parallel size; see the module's text.
-        scale = len(items) * self.mesh.data_size / max(counts["num_labels"], 1)
-        iterators: list[Iterator[_Item]] = [iter(items) for _ in self.model.language]
-        parts = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, scale=scale),
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.model.language if len(iterators) > 1 else self.model.language[0],
-            num_microbatches=len(items),
-            seq_length=self.seq_length,
-            micro_batch_size=1,
-            forward_only=not train,
-        )
+        scale = len(inputs) * self.mesh.data_size / max(counts["num_labels"], 1)
+        parts = run_schedule(self.model.language, inputs, partial(_loss, scale=scale), with_labels=True, train=train)
         sums = self._sum_over_replicas(parts)
-        return _report(sums, counts, self._moe_losses(len(items)) if train else {})
-
-    def _item(self, microbatch: Microbatch, rows_RH: Tensor) -> _Item:
-        device = current_device()
-        shard = self.phase.shards[self.phase.rank]
-        positions = microbatch.visual_positions
-        inside = positions[(positions >= shard.start) & (positions < shard.end)] - shard.start
-        bounds = microbatch.cu_seqlens.to(torch.int32)
-        longest = int((bounds[1:] - bounds[:-1]).max())
-        bounds = bounds.to(device)
-        packing = PackedSeqParams(
-            qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
-        )
-        padding = torch.arange(self.seq_length, device=device)[None] >= microbatch.num_real
-        if self.mesh.config.sequence and self.mesh.config.tensor > 1:
-            # The experts' router sees this rank's part of the row alone; so must the mask.
-            padding = padding.chunk(self.mesh.config.tensor, dim=1)[self.mesh.language.tp.rank()]
-        return _Item(
-            tokens_BS=microbatch.tokens_S[None].to(device),
-            position_BS=microbatch.position_S[None].to(device),
-            labels_BS=microbatch.labels_S[None].to(device),
-            loss_kind_BS=microbatch.loss_kind_S[None].to(device).long(),
-            padding_BS=padding.contiguous(),
-            packing=packing,
-            rows_RH=rows_RH,
-            index_R=inside.to(device),
-        )
+        return _report(sums, counts, self._moe_losses(len(inputs)) if train else {})
 
     def _counts(self, microbatches: Sequence[Microbatch]) -> dict[str, int]:
         """Sizes of the global batch. Every replica counts its own; one rank of each speaks for it."""
@@ -216,25 +161,7 @@ def _report(sums: Tensor, counts: dict[str, int], moe_losses: dict[str, float]) 
     return StepReport(loss=loss, loss_by_kind=by_kind, grad_norm=None, moe_losses=moe_losses, **counts)
 
 
-def _forward_step(iterator: Iterator[_Item], chunk: DistributedDataParallel, scale: float) -> Any:
-    item = next(iterator)
-    model = chunk.module
-    decoder_input = None
-    if model.pre_process:
-        decoder_input = embed_with_visual_tokens(model, item.tokens_BS, item.position_BS, item.rows_RH, item.index_R)
-    output = chunk(
-        item.tokens_BS,
-        item.position_BS,
-        None,
-        decoder_input=decoder_input,
-        labels=item.labels_BS,
-        packed_seq_params=item.packing,
-        padding_mask=item.padding_BS if model.config.num_moe_experts else None,
-    )
-    return output, partial(_loss, item=item, scale=scale)
-
-
-def _loss(losses_BS: Tensor, item: _Item, scale: float) -> tuple[Tensor, Tensor]:
+def _loss(losses_BS: Tensor, item: LanguageInput, scale: float) -> tuple[Tensor, Tensor]:
     losses = losses_BS.float().flatten()
     kinds = item.loss_kind_BS.flatten()
     sums = torch.zeros(2, len(LOSS_KINDS), dtype=torch.float64, device=losses.device)

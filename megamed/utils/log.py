@@ -14,6 +14,13 @@ IMPORT_WARNINGS = (
     r"Apex is not installed\. Falling back to Torch Norm",
     r"absl\.logging is not installed\. Using logging\.getLogger",
 )
+# What Megatron's calls bring up while a model is built and trained: newer names of torch functions that
+# Megatron calls by their old ones, and reads of `.grad` that it means.
+RUN_WARNINGS = (
+    (r"full scope is deprecated", UserWarning),
+    (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),
+    (r"`torch\.distributed\.\w+` is deprecated", FutureWarning),
+)
 # torch, when it finds a CUDA toolkit without a GPU.
 TORCH_EXTENSION_LOGGER = "torch.utils.cpp_extension"
 TORCH_EXTENSION_MESSAGE = "No CUDA runtime is found"
@@ -38,6 +45,8 @@ def setup(rank: int, level: int | str = logging.INFO) -> None:
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
+    for message, category in RUN_WARNINGS:
+        warnings.filterwarnings("ignore", message, category)
     own = logging.getLogger("megamed")
     own.setLevel(level)
     if rank > 0:

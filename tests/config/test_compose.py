@@ -27,7 +27,8 @@ class Run:
 @pytest.fixture
 def conf(tmp_path):
     files = {
-        "pretrain.yaml": "defaults:\n  - model: tiny\n  - _self_\nparallel:\n  tensor: 1\nseed: 3\ntwice: ${seed}\n",
+        "pretrain.yaml": "defaults:\n  - model: tiny\n  - _self_\n"
+                         "parallel:\n  tensor: 1\nseed: 3\ntwice: ${seed}\n",
         "model/tiny.yaml": "hidden: 4\n",
         "model/large.yaml": "hidden: 4096\n",
         "exp/fmri.yaml": "# @package _global_\ndefaults:\n  - override /model: large\nseed: 7\n",
@@ -81,24 +82,28 @@ def test_a_misspelt_value_key_is_found_by_the_schema(conf):
 
 
 def test_a_file_that_is_not_there(conf):
-    assert message(conf, "+exp=fmrii") == ("+exp=fmrii: no such file conf/exp/fmrii.yaml; did you mean +exp=fmri? "
-                                           "(there are: fmri, internvl26b)")
-    assert message(conf, "model=huge") == "model=huge: no such file conf/model/huge.yaml; there are: large, tiny"
-    assert message(conf, name="pretrian") == ("pretrian: no such file conf/pretrian.yaml; did you mean pretrain? "
-                                              "(there are: pretrain)")
+    assert message(conf, "+exp=fmrii") == (
+        "+exp=fmrii: no such file conf/exp/fmrii.yaml; did you mean +exp=fmri? "
+        "(there are: fmri, internvl26b)")
+    assert message(conf, "model=huge") == (
+        "model=huge: no such file conf/model/huge.yaml; there are: large, tiny")
+    assert message(conf, name="pretrian") == (
+        "pretrian: no such file conf/pretrian.yaml; did you mean pretrain? (there are: pretrain)")
     (conf / "other.yaml").write_text("defaults:\n  - model: tinny\n")
-    assert message(conf, name="other") == ("model=tinny: no such file conf/model/tinny.yaml; did you mean model=tiny? "
-                                           "(there are: large, tiny)")
+    assert message(conf, name="other") == (
+        "model=tinny: no such file conf/model/tinny.yaml; did you mean model=tiny? (there are: large, tiny)")
 
 
 def test_a_folder_that_is_not_there(conf):
-    assert message(conf.parent / "config") == f"{conf.parent / 'config'}: no such folder; it should hold pretrain.yaml"
+    folder = conf.parent / "config"
+    assert message(folder) == f"{folder}: no such folder; it should hold pretrain.yaml"
 
 
 def test_a_misspelt_group(conf):
     assert message(conf, "+expp=fmri") == "+expp=fmri: no such config group expp; did you mean +exp=fmri?"
     assert message(conf, "modle=tiny") == "modle=tiny: no such config group modle; did you mean model=tiny?"
-    assert message(conf, "model/x=tiny") == "model/x=tiny: no such config group model/x; did you mean model=tiny?"
+    assert message(conf, "model/x=tiny") == (
+        "model/x=tiny: no such config group model/x; did you mean model=tiny?")
     assert message(conf, "a/b=c") == "a/b=c: no such config group a/b; there are: exp, model"
     # A key that only looks like a group's name can still be set.
     assert compose(conf, "pretrain", ["expp=none"])["expp"] == "none"
@@ -119,7 +124,9 @@ def test_an_override_that_cannot_be_read(conf, text):
 
 
 def test_a_sweep_is_not_taken_for_a_list(conf):
-    assert message(conf, "seed=1,2").startswith("seed=1,2: one value is needed here; write seed=[...] for a list")
+    assert message(conf, "seed=1,2") == (
+        "seed=1,2: one value is needed here; write seed=[...] for a list, "
+        "or put text that has a comma in quotes")
 
 
 def test_a_key_that_cannot_be_removed(conf):

@@ -65,19 +65,21 @@ def test_values_reach_their_fields_and_the_rest_keep_defaults():
     })
     assert run == Run("ct", Parallel(tensor=2), Optim(1.0, (0.8, 1.0), (1, 2, 3), "auto"),
                       [Stage(5), Stage(6, "long")], {"chest": 2.0, "neuro": 0.5}, True)
-    assert type(run.optim.lr) is float and type(run.optim.betas) is tuple and type(run.weights["chest"]) is float
+    assert type(run.optim.lr) is float and type(run.weights["chest"]) is float
+    assert type(run.optim.betas) is tuple
 
 
 def test_omegaconf_containers_are_taken_with_interpolations_resolved():
     values = OmegaConf.create({"name": "n", "parallel": {"tensor": "${parallel.pipeline}", "pipeline": 4}})
     assert load(Run, values).parallel.tensor == 4
-    assert message(OmegaConf.create({"name": "${nope}"})).startswith("name: Interpolation key 'nope' not found")
+    assert message(OmegaConf.create({"name": "${nope}"})) == "name: Interpolation key 'nope' not found"
 
 
 def test_a_misspelt_key_is_named_in_full_with_the_nearest_right_one():
     assert message({"name": "n", "parallel": {"tensr": 2}}) == (
         "parallel.tensr: no such key; did you mean parallel.tensor?")
-    assert message({"tensr": 2}, Parallel, "parallel") == "parallel.tensr: no such key; did you mean parallel.tensor?"
+    assert message({"tensr": 2}, Parallel, "parallel") == (
+        "parallel.tensr: no such key; did you mean parallel.tensor?")
     assert message({"name": "n", "stages": [{"steps": 1, "nmae": "a"}]}) == (
         "stages[0].nmae: no such key; did you mean stages[0].name?")
 
@@ -133,9 +135,12 @@ def test_what_is_required_must_be_given():
 
 
 def test_all_faults_are_told_at_once():
-    parts = message({"parallel": {"tensr": 1, "pipeline": "x", "tensor": 0}, "optim": {"lr": "fast"}}).split("; ")
-    assert [part.split(":")[0] for part in parts if ": " in part] == [
-        "name", "parallel.tensr", "parallel.pipeline", "optim.lr"]
+    values = {"parallel": {"tensr": 1, "pipeline": "x", "tensor": 0}, "optim": {"lr": "fast"}}
+    assert message(values) == (
+        "name: a value is required (text); give name=...; "
+        "parallel.tensr: no such key; did you mean parallel.tensor?; "
+        "parallel.pipeline: expected an integer, not 'x'; "
+        "optim.lr: expected a number, not 'fast'")
 
 
 def test_what_a_dataclass_itself_refuses_is_told_with_the_rest():

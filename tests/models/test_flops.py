@@ -1,7 +1,7 @@
 """Analytic FLOP counts against torch's counter on the real modules: whole numbers, so exact equality.
 
-The counter knows no CPU flash attention (it counts 0), so attention runs in its plain ("math") form here, which does
-just what the formulas count: two products forward, four backward.
+The counter knows no CPU flash attention (it counts 0), so attention runs in its plain ("math") form here,
+which does just what the formulas count: two products forward, four backward.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from transformers import (
 
 from megamed.models.flops import Flops, language_flops, projector_flops, vision_flops
 from megamed.models.projector import Projector, ProjectorConfig
-from megamed.models.vision import VisionConfig, VisionTower, internvit_6b
+from megamed.models.vision import VisionConfig, VisionTower
 
 
 def counted(run: Callable[[], torch.Tensor]) -> Flops:
@@ -33,18 +33,19 @@ def counted(run: Callable[[], torch.Tensor]) -> Flops:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"output_layer": -2}, {"qk_norm": True, "norm": "rms_norm", "qkv_bias": False}]
+    "changes", [{}, {"output_layer": -2}, {"qk_norm": False, "norm": "layer_norm", "qkv_bias": True}]
 )
 @pytest.mark.parametrize("image_size", [56, 84])
 def test_vision(image_size: int, changes: dict) -> None:
-    config = VisionConfig(hidden_size=32, num_layers=3, num_heads=4, intermediate_size=80, image_size=56, **changes)
+    shape = {"hidden_size": 32, "num_layers": 3, "num_heads": 4, "intermediate_size": 80, "image_size": 56}
+    config = VisionConfig(**shape, **changes)
     tower = VisionTower(config)
     frames_NCHW = torch.randn(3, 3, image_size, image_size)
     assert vision_flops(config, 3, image_size) == counted(lambda: tower(frames_NCHW))
 
 
 def test_vision_takes_the_native_size_by_default() -> None:
-    config = internvit_6b()
+    config = VisionConfig()
     assert vision_flops(config, 2) == vision_flops(config, 2, 448)
 
 
@@ -53,16 +54,17 @@ def test_projector(ratio: float) -> None:
     config = ProjectorConfig(vision_hidden_size=32, language_hidden_size=48, downsample_ratio=ratio)
     projector = Projector(config)
     patches_NPD = torch.randn(3, 64, 32, requires_grad=True)
-    assert projector_flops(config, 3, image_size=112, patch_size=14) == counted(lambda: projector(patches_NPD))
+    expected = counted(lambda: projector(patches_NPD))
+    assert projector_flops(config, 3, image_size=112, patch_size=14) == expected
 
 
 DENSE = {
-    "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 72,
+    "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 72,
 }  # fmt: skip
 OURS = {
-    "vocab_size": 96, "hidden_size": 32, "num_layers": 3, "num_attention_heads": 4, "num_query_groups": 2,
-    "ffn_hidden_size": 72,
+    "vocab_size": 96, "hidden_size": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2,
+    "intermediate_size": 72,
 }  # fmt: skip
 LENGTHS = (12, 7, 1)
 
@@ -90,16 +92,16 @@ def test_qwen2() -> None:
 
 def test_mixture_of_experts() -> None:
     config = Qwen2MoeConfig(
-        **DENSE, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=40, shared_expert_intermediate_size=24,
-        mlp_only_layers=[0],
+        **DENSE, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=40,
+        shared_expert_intermediate_size=24, mlp_only_layers=[0],
     )  # fmt: skip
     config._experts_implementation = "eager"
     found = counted_documents(Qwen2MoeForCausalLM(config))
     expected = language_flops(
-        LENGTHS, **OURS, head_dim=8, causal=False, num_moe_layers=2, num_moe_experts=6, moe_router_topk=2,
-        moe_ffn_hidden_size=40, moe_shared_expert_size=24,
+        LENGTHS, **OURS, head_dim=8, causal=False, first_dense_layers=1, num_experts=6, top_k=2,
+        moe_intermediate_size=40, shared_intermediate_size=24,
     )  # fmt: skip
-    # Qwen2-MoE has a gate on its shared expert, one output a token, which others do not have and we do not count.
+    # Qwen2-MoE has a gate on its shared expert, one output a token, which is not ours.
     gate = 2 * sum(LENGTHS) * 32 * 2
     assert expected + Flops(gate, 2 * gate) == found
 

@@ -1,4 +1,4 @@
-"""What the projector between vision tower and language model is built from."""
+"""What the projector between vision tower and language model is built from, and how many tokens it makes."""
 
 from dataclasses import dataclass
 
@@ -7,18 +7,15 @@ from megamed.utils import UserError
 
 @dataclass
 class ProjectorConfig:
-    """Pixel shuffle and a two-layer perceptron.
+    """Pixel shuffle and a two-layer perceptron. The defaults are those of InternVL-26B."""
 
-    Attributes:
-        vision_hidden_size: width of a patch's hidden state.
-        language_hidden_size: width of the language model's embeddings.
-        downsample_ratio: side of the token grid over side of the patch grid, one over a whole number. At 0.5
-            each 2 x 2 patches become one visual token.
-    """
-
-    vision_hidden_size: int
-    language_hidden_size: int
+    vision_hidden_size: int = 3200
+    """Width of a patch's hidden state."""
+    language_hidden_size: int = 6144
+    """Width of the language model's embeddings."""
     downsample_ratio: float = 0.5
+    """Side of the token grid over side of the patch grid, one over a whole number. At 0.5 each 2 x 2 patches
+    become one visual token."""
 
     @property
     def input_size(self) -> int:
@@ -35,7 +32,8 @@ def patches_per_side(downsample_ratio: float) -> int:
     side = round(1 / downsample_ratio) if 0 < downsample_ratio <= 1 else 0
     if side == 0 or abs(side * downsample_ratio - 1) > 1e-6:
         raise UserError(
-            f"projector.downsample_ratio is {downsample_ratio}: set it to 1 over a whole number, such as 0.5"
+            f"model.projector.downsample_ratio={downsample_ratio} is not 1 over a whole number: try 0.5",
+            everywhere=True,
         )
     return side
 
@@ -55,6 +53,7 @@ def tokens_per_frame(image_size: int, patch_size: int, downsample_ratio: float =
     if image_size <= 0 or image_size % token_side:
         raise UserError(
             f"frames of {image_size} pixels do not divide into visual tokens of {token_side} pixels a side "
-            f"(patch size {patch_size}, downsample ratio {downsample_ratio}): use a multiple of {token_side}"
+            f"(patch size {patch_size}, downsample ratio {downsample_ratio}): use a multiple of {token_side}",
+            everywhere=True,
         )
     return (image_size // token_side) ** 2

@@ -33,8 +33,8 @@ def pixel_shuffle(patches_NPD: Tensor, side: int) -> Tensor:
     grid = math.isqrt(num_patches)
     if grid * grid != num_patches or grid % side:
         raise UserError(
-            f"{num_patches} patches do not form a square of {side} x {side} blocks: frames must be square, their "
-            f"side a multiple of {side} patches"
+            f"{num_patches} patches do not form a square of {side} x {side} blocks: "
+            f"frames must be square, their side a multiple of {side} patches"
         )
     tokens = grid // side
     blocks = patches_NPD.reshape(num_frames, tokens, side, tokens, side, hidden_size)

@@ -1,6 +1,6 @@
 """Vision towers."""
 
-from megamed.models.vision.config import VisionConfig, internvit_6b, internvit_300m
+from megamed.models.vision.config import VisionConfig, internvit_300m
 from megamed.models.vision.model import VisionTower
 
-__all__ = ["VisionConfig", "VisionTower", "internvit_300m", "internvit_6b"]
+__all__ = ["VisionConfig", "VisionTower", "internvit_300m"]

@@ -1,4 +1,4 @@
-"""What a vision tower is built from, and the settings of the two published InternViT releases."""
+"""What a vision tower is built from. The defaults are InternViT-6B-448px."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,41 +8,41 @@ from typing import Literal
 class VisionConfig:
     """An InternViT-style vision transformer.
 
-    Attributes:
-        hidden_size: width of the residual stream.
-        num_layers: transformer layers of the published model.
-        num_heads: attention heads; divides hidden_size.
-        intermediate_size: width of the MLP's inner layer.
-        image_size: side in pixels of the square frames that the position embedding was made for. Frames
-            of another size are taken too; the embedding is then interpolated.
-        patch_size: side of a patch in pixels.
-        num_channels: channels of a frame.
-        qkv_bias: the query, key and value projections have a bias.
-        qk_norm: RMSNorm over the whole hidden size (all heads together) on queries and on keys.
-        norm: the norm before attention and before the MLP.
-        norm_eps: epsilon of every norm.
-        layer_scale_init: initial value of the factors on the two residual branches of a layer.
-        output_layer: which hidden state is the output, counted as in `hidden_states` of transformers: 0 is
-            the embedding, k the state after k layers, -1 the last. Layers behind it are not built.
-        final_norm: LayerNorm on the last hidden state. The InternVL releases have none.
-        recompute: run each layer's forward again in the backward pass instead of keeping its activations.
+    The defaults are InternViT-6B-448px V1.2 and V1.5, the tower of InternVL-26B, as in its config.json.
     """
 
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    intermediate_size: int
+    hidden_size: int = 3200
+    """Width of the residual stream."""
+    num_layers: int = 45
+    """Transformer layers of the published model."""
+    num_heads: int = 25
+    """Attention heads; divides hidden_size."""
+    intermediate_size: int = 12800
+    """Inner width of the MLP."""
     image_size: int = 448
+    """Side in pixels of the square frames that the position embedding was made for. Frames of another size
+    are taken too: the embedding is then interpolated."""
     patch_size: int = 14
+    """Side of a patch in pixels."""
     num_channels: int = 3
-    qkv_bias: bool = True
-    qk_norm: bool = False
-    norm: Literal["rms_norm", "layer_norm"] = "layer_norm"
+    """Channels of a frame."""
+    qkv_bias: bool = False
+    """The query, key and value projections have a bias."""
+    qk_norm: bool = True
+    """RMSNorm over the whole hidden size, all heads together, on queries and on keys."""
+    norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    """The norm before attention and before the MLP."""
     norm_eps: float = 1e-6
+    """Epsilon of every norm."""
     layer_scale_init: float = 0.1
+    """Initial value of the factors on the two residual branches of a layer."""
     output_layer: int = -1
+    """Which hidden state is the output, counted as in `hidden_states` of transformers: 0 is the embedding, k
+    the state after k layers, -1 the last. Layers behind it are not built."""
     final_norm: bool = False
+    """LayerNorm on the last hidden state. The InternVL releases have none."""
     recompute: bool = False
+    """Recompute each layer's activations in the backward pass instead of keeping them."""
 
     @property
     def num_layers_run(self) -> int:
@@ -50,25 +50,8 @@ class VisionConfig:
         return self.output_layer if self.output_layer >= 0 else self.num_layers + 1 + self.output_layer
 
 
-def internvit_6b() -> VisionConfig:
-    """InternViT-6B-448px V1.2 and V1.5, the vision tower of InternVL 1.5-26B, 2-26B and up.
-
-    Taken from the release's config.json.
-    """
-    return VisionConfig(
-        hidden_size=3200,
-        num_layers=45,
-        num_heads=25,
-        intermediate_size=12800,
-        qkv_bias=False,
-        qk_norm=True,
-        norm="rms_norm",
-        layer_scale_init=0.1,
-    )
-
-
 def internvit_300m() -> VisionConfig:
-    """InternViT-300M-448px, the vision tower of the smaller InternVL models. From its config.json."""
+    """InternViT-300M-448px, the tower of the smaller InternVL models, as in its config.json."""
     return VisionConfig(
         hidden_size=1024,
         num_layers=24,

@@ -49,8 +49,8 @@ def from_hf(state_dict: Mapping[str, Tensor], num_layers: int | None = None) -> 
 
     Args:
         state_dict: names within the vision model.
-        num_layers: for a tower whose `output_layer` is not the last: its `num_layers_run`. The layers behind it
-            and the final norm, which such a tower does not have, are left out.
+        num_layers: for a tower whose `output_layer` is not -1: its `num_layers_run`. The layers behind it and
+            the final norm, which such a tower does not have, are left out.
 
     Raises:
         UserError: a name that the tower does not have, or a missing part of a fused weight.

@@ -23,7 +23,7 @@ def build_norm(config: VisionConfig) -> nn.Module:
         return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
     if config.norm == "layer_norm":
         return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-    raise UserError(f"vision.norm is {config.norm!r}: set it to rms_norm or layer_norm")
+    raise UserError(f"model.vision.norm={config.norm}: set it to rms_norm or layer_norm", everywhere=True)
 
 
 class PatchEmbedding(nn.Module):
@@ -43,8 +43,9 @@ class PatchEmbedding(nn.Module):
     def forward(self, frames_NCHW: Tensor) -> Tensor:
         num_frames, num_channels, height, _ = frames_NCHW.shape
         grid, patch = height // self.patch_size, self.patch_size
-        pixels = frames_NCHW.to(self.weight.dtype).reshape(num_frames, num_channels, grid, patch, grid, patch)
-        pixels = pixels.permute(0, 2, 4, 1, 3, 5).reshape(num_frames, grid * grid, num_channels * patch * patch)
+        blocks = frames_NCHW.to(self.weight.dtype).reshape(num_frames, num_channels, grid, patch, grid, patch)
+        # Patches row by row; a patch's pixels in the order of the weight: channel, row, column.
+        pixels = blocks.permute(0, 2, 4, 1, 3, 5).reshape(num_frames, grid * grid, -1)
         return F.linear(pixels, self.weight.flatten(1), self.bias)
 
 
@@ -65,8 +66,10 @@ class PositionEmbedding(nn.Module):
             return self.weight
         hidden_size = self.weight.shape[-1]
         # In float32, as the releases do: the cubic weights lose too much in bfloat16.
-        made_for_1DGG = self.weight[:, 1:].float().reshape(1, self.grid, self.grid, hidden_size).permute(0, 3, 1, 2)
-        wanted_1DGG = F.interpolate(made_for_1DGG, size=(grid, grid), mode="bicubic", align_corners=False)
+        native_1GGD = self.weight[:, 1:].float().reshape(1, self.grid, self.grid, hidden_size)
+        wanted_1DGG = F.interpolate(
+            native_1GGD.permute(0, 3, 1, 2), size=(grid, grid), mode="bicubic", align_corners=False
+        )
         wanted_1PD = wanted_1DGG.flatten(2).transpose(1, 2).to(self.weight.dtype)
         return torch.cat((self.weight[:, :1], wanted_1PD), dim=1)
 
@@ -79,7 +82,8 @@ class VisionAttention(nn.Module):
         hidden_size, self.num_heads = config.hidden_size, config.num_heads
         if hidden_size % self.num_heads:
             raise UserError(
-                f"vision.hidden_size {hidden_size} is not a multiple of vision.num_heads {self.num_heads}: change one"
+                f"model.vision.num_heads={self.num_heads} must divide model.vision.hidden_size={hidden_size}",
+                everywhere=True,
             )
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=config.qkv_bias)
         self.q_norm = nn.RMSNorm(hidden_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
@@ -129,15 +133,16 @@ class VisionLayer(nn.Module):
 class VisionTower(nn.Module):
     """InternViT (Chen et al., 2023, arXiv:2312.14238).
 
-    Can be built on the meta device; `megamed.models.vlm.encoder.init_frame_encoder` then sets every parameter.
+    It can be built on the meta device: there are no buffers, and `init_frame_encoder` sets every parameter.
     """
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         if not 0 <= config.num_layers_run <= config.num_layers:
             raise UserError(
-                f"vision.output_layer {config.output_layer} is outside the {config.num_layers} layers of the tower: "
-                f"choose one from {-config.num_layers - 1} to {config.num_layers}"
+                f"model.vision.output_layer={config.output_layer} exceeds model.vision.num_layers="
+                f"{config.num_layers}: choose one from {-config.num_layers - 1} to {config.num_layers}",
+                everywhere=True,
             )
         self.config = config
         self.patch_embedding = PatchEmbedding(config)
@@ -152,8 +157,8 @@ class VisionTower(nn.Module):
         """Encode frames.
 
         Args:
-            frames_NCHW: normalised pixels of N square frames whose side is a multiple of the patch size. Other
-                than `image_size` is fine. N may be 0.
+            frames_NCHW: normalised pixels of N square frames whose side is a multiple of the patch size, not
+                necessarily `image_size`. N may be 0.
 
         Returns:
             Hidden states [N, 1 + P, D], the class token first, then the patches row by row. For N = 0 an
@@ -166,8 +171,8 @@ class VisionTower(nn.Module):
         patch_size = self.config.patch_size
         if height != width or height % patch_size:
             raise UserError(
-                f"frames of {height} x {width} pixels reached the vision tower: resize or pad them to squares whose "
-                f"side is a multiple of {patch_size}"
+                f"frames of {height} x {width} pixels reached the vision tower: resize or pad them "
+                f"to squares whose side is a multiple of {patch_size}"
             )
         grid = height // patch_size
         if frames_NCHW.shape[0] == 0:

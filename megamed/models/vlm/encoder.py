@@ -25,8 +25,9 @@ class FrameEncoder(nn.Module):
         super().__init__()
         if projector.vision_hidden_size != vision.hidden_size:
             raise UserError(
-                f"projector.vision_hidden_size {projector.vision_hidden_size} is not vision.hidden_size "
-                f"{vision.hidden_size}: make them equal"
+                f"model.projector.vision_hidden_size={projector.vision_hidden_size} must equal "
+                f"model.vision.hidden_size={vision.hidden_size}",
+                everywhere=True,
             )
         self.vision_tower = VisionTower(vision)
         self.projector = Projector(projector)
@@ -51,7 +52,7 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 @torch.no_grad()
 def init_frame_encoder(module: FrameEncoder, seed: int, std: float = 0.02) -> None:
-    """Set every parameter: weights and embeddings normal, biases 0, norms 1, layer scale its configured value.
+    """Set every parameter: weights and embeddings normal, biases 0, norms 1, layer scale as configured.
 
     Each parameter is drawn on the CPU in float32 from a generator of its own, seeded by `seed` and the
     parameter's name. So a value does not depend on the order of modules, on the rank, or on the device, and
@@ -62,9 +63,8 @@ def init_frame_encoder(module: FrameEncoder, seed: int, std: float = 0.02) -> No
         seed: any whole number.
         std: standard deviation of the normal distribution.
     """
-    norm_weights = {
-        f"{name}.weight" for name, child in module.named_modules() if isinstance(child, nn.LayerNorm | nn.RMSNorm)
-    }
+    norms = (nn.LayerNorm, nn.RMSNorm)
+    norm_weights = {f"{name}.weight" for name, child in module.named_modules() if isinstance(child, norms)}
     for name, parameter in module.named_parameters():
         if name in norm_weights:
             parameter.fill_(1.0)

@@ -1,4 +1,4 @@
-"""The projector and its pixel shuffle. Parity with transformers is in tests/models/vision/test_vision_parity.py."""
+"""The projector and its pixel shuffle. Its parity with transformers is in test_vision_parity.py."""
 
 import pytest
 import torch

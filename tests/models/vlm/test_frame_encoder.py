@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megamed.models.projector import ProjectorConfig
-from megamed.models.vision import VisionConfig, internvit_6b
+from megamed.models.vision import VisionConfig
 from megamed.models.vlm.encoder import FrameEncoder, init_frame_encoder
 from megamed.utils import UserError
 
@@ -33,7 +33,7 @@ def test_visual_tokens_come_frame_by_frame() -> None:
 def test_internvl_26b_on_the_meta_device() -> None:
     with torch.device("meta"):
         assert torch.empty(1).is_meta  # or the next line takes 23 GB
-        encoder = FrameEncoder(internvit_6b(), ProjectorConfig(3200, 6144))
+        encoder = FrameEncoder(VisionConfig(), ProjectorConfig())
     assert encoder.tokens_per_frame == 256
     # LayerNorm over 4 patches side by side, then two linear layers with bias.
     expected = 2 * 12800 + (12800 * 6144 + 6144) + (6144 * 6144 + 6144)
@@ -70,17 +70,17 @@ def test_initial_values_depend_on_seed_and_name_alone() -> None:
     init_frame_encoder(other, seed=6)
     init_frame_encoder(deeper, seed=5)
     in_deeper = dict(deeper.named_parameters())
-    drawn = [name for name, parameter in first.named_parameters() if parameter.std() > 0]
-    for (name, a), b, c in zip(first.named_parameters(), second.parameters(), other.parameters(), strict=True):
-        assert torch.equal(a, b) and torch.equal(a, in_deeper[name]), name
-        assert name not in drawn or not torch.equal(a, c), name
-    weight0, weight1 = first.vision_tower.layers[0].mlp.fc1.weight, first.vision_tower.layers[1].mlp.fc1.weight
-    assert not torch.equal(weight0, weight1)
-    # A change of the drawing would change every run that starts from a seed.
-    assert first.vision_tower.class_token[0, 0, 0].item() == pytest.approx(GOLDEN, abs=1e-9)
-
-
-GOLDEN = 0.0
+    in_second, in_other = dict(second.named_parameters()), dict(other.named_parameters())
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, in_second[name]) and torch.equal(parameter, in_deeper[name]), name
+        constant = bool((parameter == parameter.flatten()[0]).all())
+        assert constant == torch.equal(parameter, in_other[name]), name
+    layers = first.vision_tower.layers
+    assert not torch.equal(layers[0].mlp.fc1.weight, layers[1].mlp.fc1.weight)
+    # A change of the drawing would change every run that starts from a seed. 1e-7: the normal values are made
+    # with log and cos, whose last bit differs between processors.
+    drawn = first.vision_tower.class_token[0, 0, :3].tolist()
+    assert drawn == pytest.approx([-0.0274045318, -0.0035266934, 0.0003097084], abs=1e-7)
 
 
 def test_meta_device_then_memory_then_values() -> None:
@@ -95,5 +95,5 @@ def test_meta_device_then_memory_then_values() -> None:
 
 
 def test_widths_that_do_not_meet_are_refused() -> None:
-    with pytest.raises(UserError, match="vision_hidden_size 64"):
+    with pytest.raises(UserError, match="vision_hidden_size=64"):
         FrameEncoder(VisionConfig(32, 1, 4, 48), ProjectorConfig(64, 40))

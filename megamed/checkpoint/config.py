@@ -1,0 +1,15 @@
+"""Settings of checkpoints."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are saved, how many are kept, and how a run resumes."""
+
+    every_steps: int = 100
+    """Save after every so many steps; 0 saves at the end alone."""
+    keep_last: int = 2
+    """Complete checkpoints to keep; 0 keeps all."""
+    asynchronous: bool = True
+    """Write in a process beside the training; the next save waits for it."""

@@ -1,0 +1,244 @@
+"""Saves and loads checkpoints: written aside and renamed, so that a kill at any moment leaves the last good one.
+
+A checkpoint is a folder `step_00000100`. While it is written it has another name; the rename is what makes
+it exist. `megamed.json` in it says what it is, in text.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megamed.checkpoint.config import CheckpointConfig
+from megamed.checkpoint.state import model_state, optimizer_state, random_state, set_num_steps
+from megamed.checkpoint.writer import BackgroundWriter
+from megamed.runtime import Mesh, current_device, set_rng_state
+from megamed.utils import UserError
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step_(\d{8})")
+_UNFINISHED = ".unfinished"
+_CARD = "megamed.json"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / _CARD).is_file())
+
+
+def read_card(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: step, consumed microbatches, layout, model.
+
+    Raises:
+        UserError: the card is missing or damaged.
+    """
+    try:
+        return json.loads((checkpoint / _CARD).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint}: {_CARD} cannot be read ({error}); use another checkpoint") from error
+
+
+class Placed(Protocol):
+    """The parts of a model on this rank; `megamed.parallel.PlacedModel` is one."""
+
+    @property
+    def language(self) -> list[DistributedDataParallel]: ...
+    @property
+    def vision(self) -> DistributedDataParallel: ...
+
+
+class CheckpointManager:
+    """Saves and loads the whole training state of a run.
+
+    Args:
+        folder: where the checkpoints go.
+        config: the settings.
+        model, optimizer, scheduler: what is saved.
+        mesh: the layout.
+        describe: facts for the card (model, layout, versions), JSON-serialisable.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        model: Placed,
+        optimizer: ChainedOptimizer,
+        scheduler: OptimizerParamScheduler,
+        mesh: Mesh,
+        describe: dict[str, Any],
+    ):
+        self.folder, self.config, self.describe = folder, config, describe
+        self.model, self.optimizer, self.scheduler, self.mesh = model, optimizer, scheduler, mesh
+        self._writer = BackgroundWriter()
+        self._target = folder
+        self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+
+    def save(self, step: int, position: int) -> Path:
+        """Save after `step` steps. Collective. With `asynchronous`, returns while it is being written.
+
+        Args:
+            step: optimizer steps taken.
+            position: microbatches of the data consumed, over all replicas.
+
+        Returns:
+            The folder that the checkpoint will have.
+
+        Raises:
+            UserError: the disk is full or not writable; earlier checkpoints are untouched.
+        """
+        self.wait()
+        target = self.folder / f"step_{step:08d}"
+        aside = target.with_name(target.name + _UNFINISHED)
+        model = model_state(self.model.language, self.model.vision, self.mesh)
+        state = {
+            "model": model,
+            "optimizer": optimizer_state(self.optimizer, model, is_loading=False),
+            "scheduler": self.scheduler.state_dict(),
+            "random": random_state(),
+        }
+        self._on_first_rank(lambda: self._prepare(aside), target)
+        card = {**self.describe, "step": step, "position": position, "world_size": dist.get_world_size()}
+        try:
+            request = dist_checkpointing.save(
+                state, str(aside), self._strategy, async_sharded_save=True, validate_access_integrity=step == 0
+            )
+        except (CheckpointingException, OSError) as error:
+            raise self._failure(target, error) from error
+        request.finalize_fns.append(lambda: self._on_first_rank(lambda: self._finish(aside, target, card), target))
+        self._target = target
+        self._writer.start(request)
+        if not self.config.asynchronous:
+            self.wait()
+        return target
+
+    def poll(self) -> None:
+        """Finish a save that has been written by now. Collective; costs one small all-reduce while one is open."""
+        self._finish_writing(wait=False)
+
+    def wait(self) -> None:
+        """Wait for the save that is being written. Collective."""
+        self._finish_writing(wait=True)
+
+    def load(self, checkpoint: Path) -> dict[str, Any]:
+        """Load a checkpoint in place: weights, optimizer, scheduler and, at the same layout, random states.
+
+        Returns:
+            Its card.
+
+        Raises:
+            UserError: it is of another model, or damaged.
+        """
+        card = read_card(checkpoint)
+        differing = [k for k, v in self.describe["model"].items() if card["model"].get(k) != v]
+        if differing:
+            key = differing[0]
+            raise UserError(
+                f"{checkpoint}: is of another model (model.{key} was {card['model'].get(key)}, is now "
+                f"{self.describe['model'][key]}); set the model back or start a new run with run.name=NAME",
+                everywhere=True,
+            )
+        model = model_state(self.model.language, self.model.vision, self.mesh)
+        state: dict[str, Any] = {
+            "model": model,
+            "optimizer": optimizer_state(self.optimizer, model, is_loading=True),
+        }
+        same_layout = card["layout"] == self.describe["layout"] and card["world_size"] == dist.get_world_size()
+        if same_layout:
+            state["random"] = random_state()
+        try:
+            loaded = dist_checkpointing.load(state, str(checkpoint))
+        except (CheckpointingException, OSError, RuntimeError, KeyError) as error:
+            raise UserError(
+                f"{checkpoint}: cannot be loaded ({_short(error)}); move it away and run again to take the one before"
+            ) from error
+        for index, chunk in enumerate(self.model.language):
+            chunk.module.load_state_dict(loaded["model"][f"language{index}"])
+        weights = {k.removeprefix("vision."): v for k, v in loaded["model"]["vision"].items()}
+        self.model.vision.module.load_state_dict(weights)
+        set_num_steps(self.optimizer, loaded["optimizer"], card["step"])
+        self.optimizer.load_state_dict(loaded["optimizer"])
+        self.scheduler.load_state_dict(loaded["scheduler"])
+        if same_layout:
+            set_rng_state(loaded["random"])
+        return card
+
+    def _prepare(self, aside: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(f"step_*{_UNFINISHED}"):
+            shutil.rmtree(leftover)
+        aside.mkdir()
+
+    def _finish(self, aside: Path, target: Path, card: dict[str, Any]) -> None:
+        with open(aside / _CARD, "w") as file:
+            json.dump(card, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():  # the same step, saved again by a run that went back
+            shutil.rmtree(target)
+        os.rename(aside, target)
+        _sync_folder(self.folder)
+        if self.config.keep_last:
+            for old in list_checkpoints(self.folder)[: -self.config.keep_last]:
+                shutil.rmtree(old)
+
+    def _on_first_rank(self, action: Callable[[], None], target: Path) -> None:
+        """Run on rank 0 and let every rank fail if it fails."""
+        failed = torch.zeros(1, dtype=torch.int32, device=current_device())
+        error: OSError | None = None
+        if dist.get_rank() == 0:
+            try:
+                action()
+            except OSError as caught:
+                error = caught
+                failed += 1
+        dist.all_reduce(failed)
+        if failed.item():
+            raise self._failure(target, error or OSError("rank 0 could not write"))
+
+    def _finish_writing(self, wait: bool) -> None:
+        try:
+            self._writer.finish(wait)
+        except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
+            raise self._failure(self._target, error) from error
+
+    def _failure(self, target: Path, error: BaseException) -> UserError:
+        kept = list_checkpoints(self.folder)
+        intact = f"earlier checkpoints are intact, the last is {kept[-1].name}" if kept else "there is none before it"
+        return UserError(
+            f"{target}: cannot be written ({_short(error)}); free space there or set run.dir to another disk, "
+            f"then run again; {intact}"
+        )
+
+
+def _short(error: BaseException) -> str:
+    """The innermost cause, on one line."""
+    text = str(error.__cause__ or error) or type(error).__name__
+    found = re.search(r"\[Errno \d+\][^'\"\n)]*", str(error) + text)
+    return found.group(0) if found else text.strip().splitlines()[-1][:300]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

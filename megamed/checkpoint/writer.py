@@ -1,0 +1,94 @@
+"""Writes a checkpoint in a thread while training goes on.
+
+Megatron 0.16 writes in forked processes. A fork of a process that runs threads of its own (gloo, a
+tracker, an allocator) may copy a lock in its locked state, and then hangs for good. A thread writes as fast,
+since serialisation and disk leave the interpreter's lock, and cannot.
+"""
+
+import queue
+import threading
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+from megamed.runtime import current_device
+
+
+class BackgroundWriter:
+    """Carries out one save request of Megatron's at a time. Every method is collective."""
+
+    def __init__(self) -> None:
+        self._request: AsyncRequest | None = None
+        self._thread: threading.Thread | None = None
+        # In the place of a queue in a process of its own, which nobody needs where a thread writes.
+        filesystem_async._results_queue = queue.Queue()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a save is not finished yet."""
+        return self._request is not None
+
+    def start(self, request: AsyncRequest) -> None:
+        """Copy what has to be written, and start writing it."""
+        assert self._request is None, "one save at a time"
+        self._request = request
+        if request.async_fn is not None:  # else this rank has nothing to write
+            transforms = request.async_fn.args[0]  # type: ignore[attr-defined]
+            buckets = _staged(request)
+            self._thread = threading.Thread(target=_write, args=(transforms, buckets, request.async_fn_args[2]))
+            self._thread.start()
+
+    def finish(self, wait: bool) -> None:
+        """Finish the open save, once all ranks have written.
+
+        Args:
+            wait: wait for that; else return at once if some rank is still writing.
+
+        Raises:
+            CheckpointingException or OSError: some rank could not write.
+        """
+        if self._request is None:
+            return
+        if wait and self._thread is not None:
+            self._thread.join()
+        writing = torch.tensor(
+            int(self._thread is not None and self._thread.is_alive()), device=current_device(), dtype=torch.int32
+        )
+        dist.all_reduce(writing)
+        if writing.item():
+            return
+        request, self._request, self._thread = self._request, None, None
+        for finalize in request.finalize_fns:
+            finalize()
+
+
+def _staged(request: AsyncRequest) -> list[Any]:
+    """The buckets to write, with tensors that training does not touch: copies in host memory."""
+    buckets = request.preload_fn() if request.preload_fn is not None else request.async_fn_args[1]
+    owned = request.preload_fn is not None and current_device().type == "cuda"
+    return [
+        (path, key, (chunks, [(item, tensor if owned else tensor.clone()) for item, tensor in tensors]))
+        for path, key, (chunks, tensors) in buckets
+    ]
+
+
+def _write(transforms: list[Any], buckets: list[Any], results: "queue.Queue[Any]") -> None:
+    try:
+        results.put({index: _write_bucket(transforms, index, bucket) for index, bucket in enumerate(buckets)})
+    except Exception as error:  # raised on every rank by `finish`
+        results.put(error)
+
+
+def _write_bucket(transforms: list[Any], index: int, bucket: Any) -> Any:
+    replies: queue.Queue[Any] = queue.Queue()
+    count: queue.Queue[int] = queue.Queue()
+    count.put(index)
+    FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, replies, count, use_fsync=True)
+    _, reply = replies.get()
+    if isinstance(reply, Exception):
+        raise reply
+    return reply

@@ -1,0 +1,218 @@
+"""Samples as tokens, and the packing of several into one row.
+
+Shape suffixes: S tokens of a row.
+
+A sample is a conversation in ChatML. The frames stand in the first user turn; each is one `<img>`,
+its visual tokens (`<IMG_CONTEXT>`), and one `</img>`:
+
+    <|im_start|>user
+    1:<img>...</img>2:<img>...</img>
+    How many volumes are there?<|im_end|>
+    <|im_start|>assistant
+    2<|im_end|>
+    <|im_start|>user
+    ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megamed.data.questions import QA
+from megamed.data.tokenizer import TextTokenizer
+from megamed.utils import UserError
+
+# What the token that a position has to predict belongs to; `loss_kind_S` holds indices into this.
+LOSS_KINDS = ("none", "text", "answer")
+NO_LOSS, TEXT, ANSWER = range(3)
+
+# Up to this many frames are numbered; of more, the tags alone tell them apart, to save tokens.
+NUMBERED_FRAMES = 16
+
+
+@dataclass(frozen=True)
+class FrameRef:
+    """One frame of a stretch of the run: volume `first + index * stride`, drawn on the scale of
+    the `num_volumes` volumes `first`, `first + stride`, ... ."""
+
+    first: int
+    num_volumes: int
+    index: int
+    stride: int = 1
+
+
+@dataclass
+class Document:
+    """One sample before packing.
+
+    Attributes:
+        tokens: its token ids.
+        loss_kinds: of each token, what it belongs to: an index into `LOSS_KINDS`.
+        visual_positions: where the visual tokens stand, frame after frame.
+        frames: the frames, in the order of their visual tokens.
+        sample_id: names the sample in logs.
+    """
+
+    sample_id: str = ""
+    tokens: list[int] = field(default_factory=list)
+    loss_kinds: list[int] = field(default_factory=list)
+    visual_positions: list[int] = field(default_factory=list)
+    frames: list[FrameRef] = field(default_factory=list)
+
+    def add(self, tokens: Sequence[int], kind: int = NO_LOSS) -> None:
+        """Append tokens that all belong to `kind`."""
+        self.tokens.extend(tokens)
+        self.loss_kinds.extend([kind] * len(tokens))
+
+
+@dataclass
+class Microbatch:
+    """One packed row, the same on every rank of a model replica.
+
+    Attributes:
+        tokens_S: int64 token ids.
+        labels_S: int64, the token after each one; without meaning where `loss_kind_S` is 0.
+        loss_kind_S: uint8, what the label belongs to: an index into `LOSS_KINDS`.
+        position_S: int64, counts from 0 in each document.
+        cu_seqlens: int32 [number of documents + 1], bounds of the documents, from 0 to S; the padding,
+            where there is any, is the last document.
+        num_real: tokens before the padding.
+        visual_positions: int64 [len(frames) * tokens per frame], where the visual tokens stand in the row.
+        frames: the frames in the order of their visual tokens.
+        sample_ids: one name a document, the padding left out.
+    """
+
+    tokens_S: Tensor
+    labels_S: Tensor
+    loss_kind_S: Tensor
+    position_S: Tensor
+    cu_seqlens: Tensor
+    num_real: int
+    visual_positions: Tensor
+    frames: list[FrameRef]
+    sample_ids: list[str]
+
+
+def prompt(
+    tokenizer: TextTokenizer,
+    tokens_per_frame: int,
+    frames: Sequence[FrameRef],
+    context: str,
+    question: str,
+    sample_id: str = "",
+) -> Document:
+    """The conversation up to the place where the first answer begins.
+
+    Args:
+        tokenizer: makes the text's tokens.
+        tokens_per_frame: visual tokens of one frame.
+        frames: what the sample shows; none for text alone.
+        context: text before the frames, with its line break; empty for none.
+        question: the first question.
+        sample_id: names the sample.
+    """
+    document = Document(sample_id, frames=list(frames))
+    _open_turn(document, tokenizer, "user")
+    document.add(tokenizer.encode(context) if context else [], TEXT)
+    for i in range(len(frames)):
+        if len(frames) <= NUMBERED_FRAMES:
+            document.add(tokenizer.encode(f"{i + 1}:"))
+        document.add([tokenizer.img_start_id])
+        start = len(document.tokens)
+        document.visual_positions.extend(range(start, start + tokens_per_frame))
+        document.add([tokenizer.img_context_id] * tokens_per_frame)
+        document.add([tokenizer.img_end_id])
+    if frames:
+        document.add(tokenizer.encode("\n"))
+    _ask(document, tokenizer, question)
+    return document
+
+
+def conversation(
+    tokenizer: TextTokenizer,
+    tokens_per_frame: int,
+    frames: Sequence[FrameRef],
+    context: str,
+    qas: Sequence[QA],
+    sample_id: str = "",
+) -> Document:
+    """A whole sample: frames, questions and answers. Arguments as for `prompt`.
+
+    Context and questions count as text, answers with their `<|im_end|>` as answer; tags, visual
+    tokens and the words that mark the turns carry no loss.
+    """
+    document = prompt(tokenizer, tokens_per_frame, frames, context, qas[0].question, sample_id)
+    line_break = tokenizer.encode("\n")
+    for i, qa in enumerate(qas):
+        if i:
+            _open_turn(document, tokenizer, "user")
+            _ask(document, tokenizer, qa.question)
+        document.add([*tokenizer.encode(qa.answer), tokenizer.im_end_id], ANSWER)
+        document.add(line_break)
+    return document
+
+
+def _open_turn(document: Document, tokenizer: TextTokenizer, role: str) -> None:
+    document.add([tokenizer.im_start_id, *tokenizer.encode(f"{role}\n")])
+
+
+def _ask(document: Document, tokenizer: TextTokenizer, question: str) -> None:
+    """The question, the end of the user's turn and the start of the assistant's."""
+    document.add(tokenizer.encode(question), TEXT)
+    document.add([tokenizer.im_end_id, *tokenizer.encode("\n")])
+    _open_turn(document, tokenizer, "assistant")
+
+
+def pack(documents: Sequence[Document], seq_length: int, pad_id: int) -> Microbatch:
+    """Lay documents one after another into a row and fill it up with padding.
+
+    The last token of a document predicts nothing, so no loss crosses from one into the next.
+
+    Args:
+        documents: together at most `seq_length` tokens.
+        seq_length: S, the length of the row.
+        pad_id: token id of the padding.
+
+    Raises:
+        UserError: a document alone is longer than the row.
+        ValueError: the documents are, together.
+    """
+    lengths = [len(document.tokens) for document in documents]
+    longest = max(lengths, default=0)
+    if longest > seq_length:
+        raise UserError(
+            f"a sample has {longest} tokens and data.seq_length is {seq_length}; set data.seq_length to at "
+            f"least {longest}, or lower data.max_volumes or data.questions",
+            everywhere=True,
+        )
+    num_real = sum(lengths)
+    if num_real > seq_length:
+        raise ValueError(f"{len(documents)} documents have {num_real} tokens, the row has {seq_length}")
+    if num_real < seq_length:
+        lengths.append(seq_length - num_real)
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+
+    tokens = np.full(seq_length, pad_id, dtype=np.int64)
+    kinds = np.zeros(seq_length, dtype=np.uint8)
+    visual: list[int] = []
+    for document, start, end in zip(documents, bounds[:-1], bounds[1:], strict=False):
+        tokens[start:end] = document.tokens
+        kinds[start : end - 1] = document.loss_kinds[1:]
+        visual.extend(int(start) + position for position in document.visual_positions)
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    return Microbatch(
+        tokens_S=torch.from_numpy(tokens),
+        labels_S=torch.from_numpy(np.append(tokens[1:], pad_id)),
+        loss_kind_S=torch.from_numpy(kinds),
+        position_S=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        num_real=num_real,
+        visual_positions=torch.tensor(visual, dtype=torch.int64),
+        frames=[frame for document in documents for frame in document.frames],
+        sample_ids=[document.sample_id for document in documents],
+    )

@@ -1,0 +1,171 @@
+"""What happens beside the training: progress, metrics, Weights & Biases, checkpoints."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megamed.checkpoint import CheckpointManager
+from megamed.runtime import peak_memory_bytes
+from megamed.train.config import WandbConfig
+from megamed.train.loop import StepEvent
+from megamed.utils import UserError
+from megamed.utils.optional import require
+
+log = logging.getLogger(__name__)
+
+
+def measurements(event: StepEvent, peak_flops: float) -> dict[str, Any]:
+    """What a step reports to metrics and trackers.
+
+    Args:
+        event: the step.
+        peak_flops: matrix-product peak of one rank, FLOP/s.
+    """
+    report, seconds = event.report, event.seconds
+    flops_per_s = event.flops / seconds / dist.get_world_size()
+    values: dict[str, Any] = {"step": event.step, "loss": report.loss}
+    values |= {f"loss_{kind}": value for kind, value in report.loss_by_kind.items()}
+    values |= report.moe_losses
+    values |= {
+        "lr": event.lr,
+        "grad_norm": report.grad_norm,
+        "tokens": report.num_tokens,
+        "labels": report.num_labels,
+        "frames": report.num_frames,
+        "seconds": round(seconds, 6),
+        "data_seconds": round(event.data_seconds, 6),
+        "tokens_per_s": round(report.num_tokens / seconds, 3),
+        "frames_per_s": round(report.num_frames / seconds, 3),
+        "tflops_per_rank": round(flops_per_s / 1e12, 6),
+        "mfu": round(flops_per_s / peak_flops, 6),
+        "peak_memory_gib": round(peak_memory_bytes() / 2**30, 4),
+    }
+    return values
+
+
+class Progress:
+    """A progress bar on rank 0: loss, tokens/s, and the time that is left."""
+
+    def __init__(self, total_steps: int):
+        self.total_steps = total_steps
+        self.bar: Any = None
+
+    def start(self, step: int) -> None:
+        self.bar = tqdm(
+            total=self.total_steps,
+            initial=step,
+            desc="train",
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5,
+            disable=dist.get_rank() != 0,
+        )
+
+    def after_step(self, event: StepEvent) -> None:
+        rate = event.report.num_tokens / event.seconds
+        self.bar.set_postfix_str(f"loss {event.report.loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
+        self.bar.update()
+
+    def end(self) -> None:
+        self.bar.close()
+
+
+class Metrics:
+    """`metrics.jsonl`: one JSON object a step, written by rank 0 and flushed at once.
+
+    A resumed run first drops the steps after its checkpoint, which it takes again.
+    """
+
+    def __init__(self, path: Path, peak_flops: float):
+        self.path, self.peak_flops = path, peak_flops
+        self.file: Any = None
+
+    def start(self, step: int) -> None:
+        if dist.get_rank() == 0:
+            kept = _lines_up_to(self.path, step)
+            aside = self.path.with_suffix(".jsonl.new")
+            aside.write_text("".join(kept))
+            aside.replace(self.path)
+            self.file = open(self.path, "a")
+
+    def after_step(self, event: StepEvent) -> None:
+        if self.file:
+            try:
+                self.file.write(json.dumps(measurements(event, self.peak_flops)) + "\n")
+                self.file.flush()
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written ({error}); free space there and run again") from error
+
+    def end(self) -> None:
+        if self.file:
+            self.file.close()
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    """Complete lines of earlier steps; the last one may have been cut by a kill."""
+    kept = []
+    if step and path.exists():
+        for line in path.read_text().splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] <= step and line.endswith("\n"):
+                    kept.append(line)
+            except ValueError:
+                log.warning("%s: a line that was cut short is dropped", path)
+    return kept
+
+
+class Wandb:
+    """Weights & Biases on rank 0: numbers and sizes only, no path, host or user name."""
+
+    def __init__(self, config: WandbConfig, folder: Path, name: str, settings: dict[str, Any], peak_flops: float):
+        self.config, self.folder, self.name = config, folder, name
+        self.settings, self.peak_flops = settings, peak_flops
+        self.run: Any = None
+
+    def start(self, step: int) -> None:
+        if dist.get_rank() or self.config.mode == "disabled":
+            return
+        wandb = require("wandb", "wandb.mode=" + self.config.mode, "wandb")
+        quiet = wandb.Settings(
+            silent=True, console="off", disable_git=True, disable_code=True, x_disable_meta=True, x_disable_stats=True
+        )
+        self.run = wandb.init(
+            mode=self.config.mode,
+            project=self.config.project,
+            name=self.name,
+            dir=str(self.folder),
+            config=self.settings,
+            settings=quiet,
+        )
+
+    def after_step(self, event: StepEvent) -> None:
+        if self.run:
+            values = measurements(event, self.peak_flops)
+            self.run.log({k: v for k, v in values.items() if k != "step"}, step=event.step)
+
+    def end(self) -> None:
+        if self.run:
+            self.run.finish()
+
+
+class Checkpoints:
+    """Saves every `every_steps` steps and after the last one."""
+
+    def __init__(self, manager: CheckpointManager, every_steps: int, total_steps: int):
+        self.manager, self.every_steps, self.total_steps = manager, every_steps, total_steps
+
+    def start(self, step: int) -> None:
+        pass
+
+    def after_step(self, event: StepEvent) -> None:
+        self.manager.poll()
+        due = self.every_steps and event.step % self.every_steps == 0
+        if due or event.step == self.total_steps:
+            self.manager.save(event.step, event.position)
+
+    def end(self) -> None:
+        self.manager.wait()

@@ -1,0 +1,98 @@
+"""The settings of a whole training job; `conf/` holds their values."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megamed.checkpoint import CheckpointConfig
+from megamed.data import DataConfig
+from megamed.models.vlm import VLMConfig
+from megamed.optim import OptimConfig
+from megamed.runtime import ParallelConfig
+from megamed.utils import UserError
+
+
+@dataclass
+class TrainConfig:
+    """Length and batch of the run."""
+
+    steps: int = 100
+    """Optimizer steps of the whole run."""
+    microbatches: int = 4
+    """Packed rows of the global batch, over all replicas."""
+    seed: int = 1234
+    """Decides the initial weights and every random draw."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of weights and activations; auto is bf16 on a GPU and fp32 on a CPU."""
+
+
+@dataclass
+class RunConfig:
+    """Where a run is kept and whether it goes on."""
+
+    name: str = "run"
+    dir: str = "runs"
+    """Folder of all runs; this one is in `dir/name`."""
+    resume: Literal["ask", "yes", "no"] = "ask"
+    """Go on from the last checkpoint of the same name: ask at a terminal (elsewhere: yes), always, or never."""
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases. Nothing is sent anywhere unless `mode=online`."""
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "megamed"
+
+
+@dataclass
+class EvalConfig:
+    """Questions about held-out data, at the end of the run."""
+
+    held_out: bool = True
+    max_new_tokens: int = 16
+    blank_control: bool = True
+    """Ask again with blank frames: what the model still gets right, it has from memory."""
+
+
+@dataclass
+class JobConfig:
+    """Everything that decides a training job."""
+
+    model: VLMConfig = field(default_factory=VLMConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def validate(self, world_size: int) -> None:
+        """Check all that can be checked before any process group exists.
+
+        Raises:
+            UserError: names the key, the value and the mend.
+        """
+        data_size = self.parallel.data_size(world_size)
+        self.model.validate()
+        self.model.language.validate(self.parallel)
+        if self.train.microbatches % data_size:
+            raise UserError(
+                f"train.microbatches={self.train.microbatches} does not divide by the {data_size} model replicas",
+                everywhere=True,
+            )
+        per_replica = self.train.microbatches // data_size
+        if self.parallel.virtual_pipeline > 1 and per_replica % self.parallel.pipeline:
+            raise UserError(
+                f"parallel.virtual_pipeline={self.parallel.virtual_pipeline} needs the microbatches of a replica "
+                f"({per_replica}) to divide by parallel.pipeline={self.parallel.pipeline}; change train.microbatches",
+                everywhere=True,
+            )
+        if self.parallel.sequence and self.data.seq_length % self.parallel.tensor:
+            raise UserError(
+                f"data.seq_length={self.data.seq_length} does not divide by parallel.tensor={self.parallel.tensor}",
+                everywhere=True,
+            )
+        if self.train.steps < 1:
+            raise UserError(f"train.steps={self.train.steps} must be 1 or more", everywhere=True)

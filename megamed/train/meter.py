@@ -1,0 +1,71 @@
+"""Speed of a run: FLOPs of a global batch, and the hardware's matrix-product peak that MFU is measured against."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from megamed.data import Microbatch
+from megamed.models.flops import language_flops, projector_flops, vision_flops
+from megamed.models.vlm import VLMConfig
+from megamed.runtime import Mesh, current_device, device_type, synchronize
+
+
+def step_flops(model: VLMConfig, microbatches: Sequence[Microbatch]) -> int:
+    """Model FLOPs of forward and backward over some microbatches; padding does not count.
+
+    Args:
+        model: the model.
+        microbatches: packed rows.
+    """
+    total = 0
+    language, moe = model.language, model.language.moe
+    for microbatch in microbatches:
+        bounds = microbatch.cu_seqlens.clamp(max=microbatch.num_real)
+        lengths = [n for n in (bounds[1:] - bounds[:-1]).tolist() if n]
+        total += language_flops(
+            lengths,
+            hidden_size=language.hidden_size,
+            num_layers=language.num_layers,
+            num_heads=language.num_heads,
+            num_kv_heads=language.num_kv_heads,
+            head_dim=language.head_dim or language.hidden_size // language.num_heads,
+            intermediate_size=language.intermediate_size,
+            vocab_size=language.vocab_size,
+            num_experts=moe.num_experts,
+            top_k=moe.top_k if moe.num_experts else 0,
+            moe_intermediate_size=moe.intermediate_size,
+            shared_intermediate_size=moe.shared_intermediate_size,
+            first_dense_layers=moe.first_dense_layers,
+        ).total
+    num_frames = sum(len(m.frames) for m in microbatches)
+    total += vision_flops(model.vision, num_frames).total
+    total += projector_flops(model.projector, num_frames, model.vision.image_size, model.vision.patch_size).total
+    return total
+
+
+def sum_over_replicas(value: float, mesh: Mesh) -> float:
+    """Sum of a number that all ranks of a replica share, over the replicas. Collective."""
+    total = torch.tensor(value, dtype=torch.float64, device=current_device())
+    dist.all_reduce(total, group=mesh.language.dp)
+    return total.item()
+
+
+def matmul_peak(dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """Best FLOP/s of a large matrix product on this rank's device, measured.
+
+    On a CPU all ranks measure at once, since they share its cores; so should they compute.
+    """
+    size = 8192 if device_type() == "cuda" else 768
+    a = torch.randn(size, size, dtype=dtype, device=current_device())
+    b = torch.randn(size, size, dtype=dtype, device=current_device())
+    best, end = 0.0, time.perf_counter() + seconds
+    while best == 0.0 or time.perf_counter() < end:
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(5):
+            a @ b
+        synchronize()
+        best = max(best, 5 * 2 * size**3 / (time.perf_counter() - start))
+    return best
