@@ -115,8 +115,8 @@ def _best_tokens(
 ) -> Tensor:
     """The likeliest token after each position, [rows, S], on every rank of the replica."""
 
-    def finish(logits_BSV: Tensor, item: LanguageInput) -> tuple[Tensor, Tensor]:
-        return logits_BSV.new_zeros(()), _argmax(logits_BSV[0], mesh, vocab_size)
+    def finish(output: Tensor, item: LanguageInput) -> tuple[Tensor, Tensor]:
+        return output.new_zeros(()), _argmax(output[0], mesh, vocab_size)
 
     parts = run_schedule(model.language, inputs, finish, with_labels=False, train=False)
     best = torch.zeros(len(inputs), seq_length, dtype=torch.int64, device=inputs[0].tokens_BS.device)

@@ -62,7 +62,11 @@ class Exchange:
 
 
 def plan_exchange(
-    owners: Sequence[np.ndarray], positions: Sequence[np.ndarray], tokens_per_frame: int, shards: Sequence[Shard], me: int
+    owners: Sequence[np.ndarray],
+    positions: Sequence[np.ndarray],
+    tokens_per_frame: int,
+    shards: Sequence[Shard],
+    me: int,
 ) -> Exchange:
     """Plan the exchange of one step for rank `me`.
 

@@ -42,9 +42,7 @@ def global_region(tensor: ShardedTensor) -> tuple[tuple[int, ...], tuple[slice, 
     """Shape of the whole parameter, and the region of it that this shard is."""
     stacked = tensor.prepend_axis_num
     shape = tuple(tensor.global_shape[stacked:])
-    region = tuple(
-        slice(o, o + n) for o, n in zip(tensor.global_offset[stacked:], tensor.local_shape, strict=True)
-    )
+    region = tuple(slice(o, o + n) for o, n in zip(tensor.global_offset[stacked:], tensor.local_shape, strict=True))
     return shape, region
 
 

@@ -3,10 +3,10 @@
 Shapes: S tokens of a packed row, B = 1, H hidden size, R visual tokens of this rank.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -18,6 +18,12 @@ from megamed.data import Microbatch
 from megamed.models.vlm import embed_with_visual_tokens
 from megamed.parallel.exchange import Shard
 from megamed.runtime import Mesh, current_device
+
+
+class Finish(Protocol):
+    """Turns the last stage's output for one microbatch into what Megatron's schedule takes of a loss function."""
+
+    def __call__(self, output: Tensor, item: "LanguageInput") -> tuple[Tensor, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def language_input(microbatch: Microbatch, rows_RH: Tensor, shard: Shard, mesh: 
 def run_schedule(
     chunks: Sequence[DistributedDataParallel],
     inputs: Sequence[LanguageInput],
-    finish: Callable[[Tensor, LanguageInput], Any],
+    finish: Finish,
     with_labels: bool,
     train: bool,
 ) -> list[Any]:
@@ -83,8 +89,8 @@ def run_schedule(
     Args:
         chunks: this rank's model chunks.
         inputs: the microbatches, in order.
-        finish: on the last stage, turns the model's output into what Megatron's schedule expects of a loss
-            function. The output is the loss of each token [B, S] with labels, else logits [B, S, vocabulary shard].
+        finish: called on the last stage, with the loss of each token [B, S] if `with_labels`, else the logits
+            [B, S, vocabulary shard]; returns the loss to run back and a report.
         with_labels: compute losses rather than logits.
         train: also run backward.
 
@@ -106,7 +112,7 @@ def run_schedule(
 def _forward_step(
     iterator: Iterator[LanguageInput],
     chunk: DistributedDataParallel,
-    finish: Callable[[Tensor, LanguageInput], Any],
+    finish: Finish,
     with_labels: bool,
 ) -> Any:
     item = next(iterator)

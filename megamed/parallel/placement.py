@@ -27,9 +27,7 @@ class PlacedModel:
         return [*self.language, self.vision]
 
 
-def place(
-    config: VLMConfig, mesh: Mesh, dtype: torch.dtype, seed: int, distributed_optimizer: bool
-) -> PlacedModel:
+def place(config: VLMConfig, mesh: Mesh, dtype: torch.dtype, seed: int, distributed_optimizer: bool) -> PlacedModel:
     """Build, initialise and wrap the parts of the model that this rank holds.
 
     Args:

@@ -23,8 +23,19 @@ import torch.utils._device
 _CPU = torch.device("cpu")
 
 # Factory functions that Megatron calls with device="cuda" or pin_memory=True.
-_FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "ones_like", "rand", "randn", "tensor", "zeros")
-_FACTORIES += ("zeros_like",)
+_FACTORIES = (
+    "arange",
+    "empty",
+    "empty_like",
+    "full",
+    "ones",
+    "ones_like",
+    "rand",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
 
 _enabled = False
 
@@ -89,11 +100,15 @@ def _patch_tensor_methods() -> None:
                 return result.replace("torch.", "torch.cuda.", 1)
         return result
 
-    torch.Tensor.type = tensor_type  # type: ignore[method-assign]
-    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
-    torch.Tensor.pin_memory = lambda self, *a, **k: self  # type: ignore[method-assign]
-    torch.Tensor.record_stream = lambda self, *a, **k: None  # type: ignore[method-assign]
-    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
+    tensor, module = torch.Tensor, torch.nn.Module
+    for owner, name, method in (
+        (tensor, "type", tensor_type),
+        (tensor, "cuda", lambda self, *a, **k: self),
+        (tensor, "pin_memory", lambda self, *a, **k: self),
+        (tensor, "record_stream", lambda self, *a, **k: None),
+        (module, "cuda", lambda self, *a, **k: self),
+    ):
+        setattr(owner, name, method)
 
 
 class _Stream:

@@ -75,9 +75,10 @@ class RankPool:
                 self.close()
                 raise RankError(f"ranks {missing} did not answer within {self.timeout_s} s")
             for pipe in ready:
-                rank = ranks[pipe]  # type: ignore[index]
+                assert isinstance(pipe, Connection)
+                rank = ranks[pipe]
                 try:
-                    failed, value = pipe.recv()  # type: ignore[union-attr]
+                    failed, value = pipe.recv()
                 except EOFError:
                     failed, value = True, "the process died"
                 if failed:

@@ -51,7 +51,9 @@ class SyntheticSource:
             visual += range(cursor + split, cursor + length - (text - split))
             kinds[cursor : cursor + split - 1] = 1
             kinds[cursor + length - (text - split) : cursor + length - 1] = 2
-            frames += [FrameRef(first=index, num_volumes=num_frames, index=i + 100 * len(bounds)) for i in range(num_frames)]
+            frames += [
+                FrameRef(first=index, num_volumes=num_frames, index=i + 100 * len(bounds)) for i in range(num_frames)
+            ]
             cursor += length
             bounds.append(cursor)
         positions[cursor:] = np.arange(self.seq_length - cursor)

@@ -21,7 +21,7 @@ def shards(model: PlacedModel, gradients: bool) -> Shards:
         gradients: take `main_grad` instead of the parameter.
     """
     found: Shards = []
-    for index, part in enumerate(model.parts):
+    for part in model.parts:
         prefix = "vision." if part is model.vision else ""
         if gradients:
             _complete_gradients(part)
@@ -71,7 +71,9 @@ def merge(per_rank: list[Shards]) -> dict[str, np.ndarray]:
             there = target[region]
             known = ~np.isnan(there)
             # Replicas reduce in different orders only, so they differ by rounding alone.
-            np.testing.assert_allclose(there[known], value[known], rtol=1e-4, atol=1e-6 + 1e-5 * np.abs(value).max(), err_msg=name)
+            np.testing.assert_allclose(
+                there[known], value[known], rtol=1e-4, atol=1e-6 + 1e-5 * np.abs(value).max(), err_msg=name
+            )
             target[region] = value
     for name, target in whole.items():
         assert not np.isnan(target).any(), f"{name}: part of it is on no rank"

@@ -161,8 +161,8 @@ def _report(sums: Tensor, counts: dict[str, int], moe_losses: dict[str, float]) 
     return StepReport(loss=loss, loss_by_kind=by_kind, grad_norm=None, moe_losses=moe_losses, **counts)
 
 
-def _loss(losses_BS: Tensor, item: LanguageInput, scale: float) -> tuple[Tensor, Tensor]:
-    losses = losses_BS.float().flatten()
+def _loss(output: Tensor, item: LanguageInput, scale: float) -> tuple[Tensor, Tensor]:
+    losses = output.float().flatten()
     kinds = item.loss_kind_BS.flatten()
     sums = torch.zeros(2, len(LOSS_KINDS), dtype=torch.float64, device=losses.device)
     sums[0].index_add_(0, kinds, losses.detach().double())

@@ -23,14 +23,16 @@ def packed_causal_attention(q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, packing
     Returns:
         The attended values, [T, N, D].
     """
-    if q_TND.is_cuda:
+    if q_TND.is_cuda and q_TND.dtype in (torch.bfloat16, torch.float16):
         # torch's variable-length flash attention needs no loop, hence no wait for the bounds' values.
         from torch.nn.attention.varlen import varlen_attn
 
         repeat = q_TND.shape[1] // k_TGD.shape[1]
         k_TND, v_TND = k_TGD.repeat_interleave(repeat, 1), v_TGD.repeat_interleave(repeat, 1)
         bounds, longest = packing.cu_seqlens_q, packing.max_seqlen_q
-        return varlen_attn(q_TND, k_TND, v_TND, bounds, bounds, longest, longest, window_size=(-1, 0))
+        out = varlen_attn(q_TND, k_TND, v_TND, bounds, bounds, longest, longest, window_size=(-1, 0))
+        assert isinstance(out, Tensor)
+        return out
     bounds = packing.cu_seqlens_q.tolist()
     parts = []
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
@@ -44,7 +46,9 @@ def packed_causal_attention(q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, packing
 class PackedCausalAttention(nn.Module):
     """`packed_causal_attention` with the constructor and call that Megatron's attention layer expects."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str, **_: Any):
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str, **_: Any
+    ):
         super().__init__()
 
     def forward(

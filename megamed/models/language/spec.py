@@ -14,17 +14,16 @@ from megamed.models.language.attention import PackedCausalAttention
 from megamed.models.moe import Router
 
 
-class RMSNorm:
-    """Builds torch's RMSNorm and marks its weight for Megatron's sequence parallelism.
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm, its weight marked for Megatron's sequence parallelism.
 
     Megatron's own wrapper refuses sequence parallelism for torch norms; the mark is all that it
     needs: the weight's gradient is then summed over the tensor-parallel group.
     """
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> nn.RMSNorm:
-        norm = nn.RMSNorm(hidden_size, eps=eps, dtype=config.params_dtype)
-        norm.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        return norm
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def decoder_block_spec(

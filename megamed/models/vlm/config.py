@@ -25,15 +25,11 @@ class VLMConfig:
         Raises:
             UserError: names the two keys that differ.
         """
-        pairs = [
-            ("projector.vision_hidden_size", self.projector.vision_hidden_size, "vision.hidden_size", self.vision.hidden_size),
-            (
-                "projector.language_hidden_size",
-                self.projector.language_hidden_size,
-                "language.hidden_size",
-                self.language.hidden_size,
-            ),
-        ]
-        for name, value, other_name, other in pairs:
-            if value != other:
-                raise UserError(f"model.{name}={value} must equal model.{other_name}={other}", everywhere=True)
+        for part, other in (("vision", self.vision), ("language", self.language)):
+            key = f"{part}_hidden_size"
+            value = getattr(self.projector, key)
+            if value != other.hidden_size:
+                raise UserError(
+                    f"model.projector.{key}={value} must equal model.{part}.hidden_size={other.hidden_size}",
+                    everywhere=True,
+                )
