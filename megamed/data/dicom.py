@@ -136,9 +136,10 @@ def _header(path: Path) -> Dataset | None:
 
 
 def _is_mr_image(header: Dataset, path: Path) -> bool:
-    if header.get("SOPClassUID") not in (_MR_IMAGE, *_MULTI_FRAME_MR):
+    kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
+    if kind is not None and kind not in (_MR_IMAGE, *_MULTI_FRAME_MR):
         return False
-    if "PixelData" not in header:
+    if kind is None or "PixelData" not in header:
         raise UserError(f"{path} ends before its pixels; copy it again, or take it out of the folder")
     return int(header.get("SamplesPerPixel", 1)) == 1
 

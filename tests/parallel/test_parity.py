@@ -1,0 +1,224 @@
+"""Every parallel layout computes what one process computes: losses of three steps, and every gradient.
+
+`make parity` runs this file and writes what it measured to docs/parity.md.
+"""
+
+import datetime
+import functools
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import numpy as np
+import pytest
+import torch
+
+from megamed.optim import OptimConfig
+from megamed.runtime import ParallelConfig, build_mesh, seed_everything
+from megamed.testing.synthetic import MIXED, SyntheticSource
+from megamed.testing.tiny import tiny_vlm
+from megamed.testing.whole import merge, shards
+from megamed.train import JobConfig, build_job
+
+STEPS, MICROBATCHES, SEQ_LENGTH = 3, 8, 64
+
+# Relative to the tensor's largest gradient. fp32 has 1.2e-7; sums over a few hundred terms in another order
+# spread that by one or two digits.
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layout and the model that it is measured with."""
+
+    name: str
+    ranks: int
+    parallel: dict[str, Any] = field(default_factory=dict)
+    experts: int = 0
+    distributed: bool = False
+    language: dict[str, Any] = field(default_factory=dict)
+    """Fields of the language model; the reference of a row has the same ones."""
+    dispatcher: str = "alltoall"
+    recompute: bool = False
+    text_only: bool = False
+
+
+SP = {"tensor": 2, "sequence": True}
+PP = {"pipeline": 2}
+ROWS = (
+    Row("TP2", 2, {"tensor": 2}),
+    Row("TP2 + SP", 2, SP),
+    Row("PP2", 2, PP),
+    Row("PP2, interleaved", 2, {**PP, "virtual_pipeline": 2}),
+    Row("DP2", 2),
+    Row("DP2, distributed optimizer", 2, distributed=True),
+    Row("TP2 x PP2", 4, {"tensor": 2, **PP}),
+    Row("TP2 x PP2 x DP2", 8, {"tensor": 2, **PP}, distributed=True),
+    Row("TP2 + SP x PP4, recompute", 8, {**SP, "pipeline": 4}, distributed=True, recompute=True),
+    Row("PP2, tied embeddings", 2, PP, language={"tie_embeddings": True}),
+    Row(
+        "TP2 x PP2, tied embeddings, qkv bias",
+        4,
+        {"tensor": 2, **PP},
+        language={"tie_embeddings": True, "qkv_bias": True},
+    ),
+    Row("TP2 + SP x DP2, no frame anywhere", 4, SP, distributed=True, text_only=True),
+    Row("MoE: DP2", 2, experts=4),
+    Row("MoE: EP2", 2, {"expert": 2}, experts=4),
+    Row("MoE: EP2 x TP2 + SP", 2, {"expert": 2, **SP}, experts=4),
+    Row("MoE: EP2 x PP2 x DP2", 4, {"expert": 2, **PP}, experts=4, distributed=True),
+    Row("MoE: EP2 x PP2 x DP4", 8, {"expert": 2, **PP}, experts=4, distributed=True),
+    Row("MoE: EP2 x TP2 + SP x PP2, interleaved", 4, {"expert": 2, **SP, **PP, "virtual_pipeline": 2}, experts=4),
+    Row("MoE: EP4 x ETP1 x TP2 + SP x DP2", 4, {"expert": 4, **SP}, experts=4, distributed=True),
+    Row("MoE: TP2 + SP, experts split too (ETP2)", 2, {"expert_tensor": 2, **SP}, experts=4),
+    Row("MoE: EP2, allgather dispatcher", 2, {"expert": 2}, experts=4, dispatcher="allgather"),
+    Row("MoE: DP2, recompute", 2, experts=4, recompute=True),
+)
+
+
+def measure(row: Row) -> dict[str, Any]:
+    """One rank's side: train three steps, and keep losses, norms, the first step's gradients and a frame count."""
+    config = JobConfig()
+    config.model = tiny_vlm(row.experts, **row.language)
+    config.model.language.recompute = config.model.vision.recompute = row.recompute
+    config.model.language.moe.dispatcher = row.dispatcher
+    config.parallel = ParallelConfig(**row.parallel)
+    config.optim = OptimConfig(lr=1e-2, distributed=row.distributed)
+    config.data.seq_length = SEQ_LENGTH
+    config.train.steps = STEPS
+    mesh = build_mesh(config.parallel)
+    seed_everything(1, mesh.data_rank)
+    job = build_job(config, mesh)
+    source = SyntheticSource(SEQ_LENGTH, plan=((0, 0), (0,)) if row.text_only else MIXED)
+    encoded = 0
+
+    def count(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal encoded
+        encoded += len(inputs[0])
+
+    losses, norms, moe, gradients = [], [], [], []
+    for step in range(STEPS):
+        indices = range(step * MICROBATCHES + mesh.data_rank, (step + 1) * MICROBATCHES, mesh.data_size)
+        microbatches = [source.microbatch(i) for i in indices]
+        if step == 0:
+            job.stepper.gradients(microbatches, source.load_frames)
+            gradients = shards(job.model, gradients=True)
+            job.model.vision.module.register_forward_pre_hook(count)
+        report = job.stepper.train(microbatches, source.load_frames, job.optimizer)
+        job.scheduler.step(1)
+        losses.append(report.loss)
+        norms.append(report.grad_norm)
+        moe.append(report.moe_losses)
+    return {"losses": losses, "norms": norms, "moe": moe, "gradients": gradients, "encoded": encoded}
+
+
+@functools.cache
+def _frames_of_one_pass(text_only: bool) -> int:
+    source = SyntheticSource(SEQ_LENGTH, plan=((0, 0), (0,)) if text_only else MIXED)
+    return sum(len(source.microbatch(i).frames) for i in range(STEPS * MICROBATCHES))
+
+
+class References:
+    """What one process computes, once for each kind of model."""
+
+    def __init__(self, ranks: Any):
+        self.ranks, self.known = ranks, {}
+
+    def of(self, row: Row) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        key = (row.experts, tuple(sorted(row.language.items())), row.text_only)
+        if key not in self.known:
+            one = Row("one process", 1, experts=row.experts, language=row.language, text_only=row.text_only)
+            result = self.ranks.run(measure, 1, one)[0]
+            self.known[key] = result, merge([result["gradients"]])
+        return self.known[key]
+
+
+@pytest.fixture(scope="module")
+def references(ranks: Any) -> References:
+    return References(ranks)
+
+
+@pytest.fixture(scope="module")
+def table(request: pytest.FixtureRequest) -> Any:
+    """Collects the measured rows, and writes them where `--parity-table` says."""
+    rows: list[str] = []
+    yield rows
+    path = request.config.getoption("--parity-table")
+    if path and len(rows) == len(ROWS):
+        Path(path).write_text(_page(rows))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_layout_equals_one_process(row: Row, ranks: Any, references: References, table: list[str]) -> None:
+    reference, expected = references.of(row)
+    results = ranks.run(measure, row.ranks, row)
+    gradients = merge([r["gradients"] for r in results])
+
+    assert gradients.keys() == expected.keys()
+    errors = {name: _error(gradients[name], expected[name]) for name in expected}
+    worst = max(errors, key=errors.__getitem__)
+    losses = np.array([r["losses"] for r in results])
+    loss_error = float(np.abs(losses / reference["losses"] - 1).max())
+    norm_error = float(np.abs(np.array([r["norms"] for r in results]) / reference["norms"] - 1).max())
+    encoded, once = sum(r["encoded"] for r in results), _frames_of_one_pass(row.text_only)
+    ratio = encoded / once if once else 1.0
+    table.append(
+        f"| {row.name} | {row.ranks} | {loss_error:.1e} | {errors[worst]:.1e} | {norm_error:.1e} | {ratio:.2f} |"
+    )
+
+    assert errors[worst] <= TOLERANCE, f"gradient of {worst}"
+    assert loss_error <= TOLERANCE
+    assert norm_error <= TOLERANCE
+    assert encoded == once, "every frame is encoded once, by one rank"
+    if row.experts:
+        for got, want in zip(results[0]["moe"], reference["moe"], strict=True):
+            assert got == pytest.approx(want, rel=TOLERANCE)
+            assert set(got) == {"load_balancing_loss", "z_loss"}
+
+
+@pytest.mark.parametrize(
+    ("experts", "golden"),
+    [(0, (5.575774375, 5.581356634, 5.514024573)), (4, (5.549874406, 5.595180252, 5.515950989))],
+    ids=["dense", "MoE"],
+)
+def test_losses_are_the_ones_on_record(experts: int, golden: tuple[float, ...], references: References) -> None:
+    """A change that is not meant to change the numbers does not: initial weights, data, loss and optimizer."""
+    result, _ = references.of(Row("one process", 1, experts=experts))
+    # Machines differ in the order of their sums, which three steps of Adam at 1e-2 amplify.
+    assert result["losses"] == pytest.approx(golden, rel=1e-5)
+
+
+def _error(got: np.ndarray, want: np.ndarray) -> float:
+    """Largest difference, relative to the largest gradient of the tensor."""
+    largest = np.abs(want).max()
+    return float(np.abs(got - want).max() / largest) if largest else float(np.abs(got).max())
+
+
+def _page(rows: list[str]) -> str:
+    return (
+        f"""# Parity of parallel layouts
+
+Every layout trains the same tiny InternVL on the same batches, which mix many-frame, one-frame and text-only
+samples, for three steps in fp32 on CPU ranks over gloo. It has to give one process's numbers: the losses, the
+norm of the gradient over all parameters, and the gradient of every parameter, gathered from its shards.
+
+Written by `make parity` on {datetime.date.today():%Y-%m-%d}: Python {platform.python_version()}, torch
+{torch.__version__.split("+")[0]}, megatron-core {megatron.core.__version__}.
+
+- **loss**: largest relative difference of the three losses.
+- **gradient**: largest difference of any element of any parameter's gradient, relative to the largest gradient
+  of that parameter. The bar is {TOLERANCE:.0e}.
+- **norm**: largest relative difference of the gradient norm.
+- **frames**: frames encoded, summed over all ranks, relative to the frames of the batch. 1.00: nobody encodes a
+  frame twice.
+
+SP is sequence parallelism; MoE rows have 4 experts with load-balancing loss and z-loss.
+
+| layout | ranks | loss | gradient | norm | frames |
+|---|---|---|---|---|---|
+"""
+        + "\n".join(rows)
+        + "\n"
+    )
