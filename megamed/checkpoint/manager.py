@@ -24,7 +24,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megamed.checkpoint.config import CheckpointConfig
-from megamed.checkpoint.state import model_state, optimizer_state, random_state, set_num_steps
+from megamed.checkpoint.state import load_optimizer, model_state, optimizer_state, random_state
 from megamed.checkpoint.writer import BackgroundWriter
 from megamed.runtime import Mesh, current_device, set_rng_state
 from megamed.utils import UserError
@@ -170,11 +170,9 @@ class CheckpointManager:
                 f"{checkpoint}: cannot be loaded ({_short(error)}); move it away and run again to take the one before"
             ) from error
         for index, chunk in enumerate(self.model.language):
-            chunk.module.load_state_dict(loaded["model"][f"language{index}"])
-        weights = {k.removeprefix("vision."): v for k, v in loaded["model"]["vision"].items()}
-        self.model.vision.module.load_state_dict(weights)
-        set_num_steps(self.optimizer, loaded["optimizer"], card["step"])
-        self.optimizer.load_state_dict(loaded["optimizer"])
+            chunk.module.load_state_dict(_without_prefix(loaded["model"][f"language{index}"], "language."))
+        self.model.vision.module.load_state_dict(_without_prefix(loaded["model"]["vision"], "vision."))
+        load_optimizer(self.optimizer, loaded["optimizer"], card["step"])
         self.scheduler.load_state_dict(loaded["scheduler"])
         if same_layout:
             set_rng_state(loaded["random"])
@@ -226,6 +224,10 @@ class CheckpointManager:
             f"{target}: cannot be written ({_short(error)}); free space there or set run.dir to another disk, "
             f"then run again; {intact}"
         )
+
+
+def _without_prefix(weights: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in weights.items()}
 
 
 def _short(error: BaseException) -> str:

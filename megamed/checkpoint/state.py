@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -30,44 +30,67 @@ def model_state(language: Sequence[DistributedDataParallel], vision: Distributed
 
 
 def optimizer_state(optimizer: ChainedOptimizer, model: dict, is_loading: bool) -> dict:
-    """Sharded state of the optimizer, without its parameter groups.
+    """Sharded state of the optimizer: its tensors alone, by number of the chained optimizer.
 
-    Which groups a rank has depends on the layout, and all they hold is set by the scheduler or is the
-    number of steps taken, which is saved beside them. So they stay what they are on this rank.
+    Parameter groups stay out. Which ones a rank has depends on the layout, and all they hold is set by
+    the configuration and the scheduler, or is the number of steps taken, which is on the card.
     """
-    fill_state(optimizer)
+    _fill_state(optimizer)
     state = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(OPTIMIZER_FORMAT))
-    parts = [state] if len(optimizer.chained_optimizers) == 1 else list(state.values())
-    for part in parts:
-        inner = part.get("optimizer", part)
-        inner["param_groups"] = LocalNonpersistentObject(inner["param_groups"])
-    return state
+    parts = {0: state} if len(optimizer.chained_optimizers) == 1 else state
+    for part in parts.values():
+        part.get("optimizer", part).pop("param_groups")
+    return parts
 
 
-def fill_state(optimizer: ChainedOptimizer) -> None:
-    """Give every parameter its (zero) Adam state, as the first step would.
+@torch.no_grad()
+def load_optimizer(optimizer: ChainedOptimizer, state: dict, num_steps: int) -> None:
+    """Copy loaded state into the optimizer.
 
-    Megatron reads the number of steps from the first parameter's state, before as after the first step.
+    Not through Megatron's `load_state_dict`: with torch's Adam it asks the checkpoint for each parameter's
+    number of steps, and gives all parameters one tensor of it, which every parameter then counts up.
+
+    Args:
+        optimizer: its state is allocated, by `optimizer_state`.
+        state: loaded, in the form of `optimizer_state`.
+        num_steps: optimizer steps that were taken; Adam's bias correction reads it.
     """
+    for number, part in enumerate(optimizer.chained_optimizers):
+        loaded = state[number]
+        states = part.optimizer.state
+        for parameter_state in states.values():
+            parameter_state.pop("step", None)
+        if isinstance(part, DistributedOptimizer):
+            part.load_parameter_state_from_fully_reshardable(loaded["param_state"])
+        else:
+            inner = loaded.get("optimizer", loaded)
+            for index, parameter in enumerate(part.get_parameters()):
+                for key, value in states[parameter].items():
+                    value.copy_(inner["state"][index][key])
+            for ours, theirs in zip(
+                getattr(part, "fp32_from_float16_groups", []), loaded.get("fp32_from_fp16_params", []), strict=True
+            ):
+                for main, value in zip(ours, theirs, strict=True):
+                    main.copy_(value)
+        _set_num_steps(part.optimizer, num_steps)
+
+
+def _fill_state(optimizer: ChainedOptimizer) -> None:
+    """Allocate every parameter's Adam state, as the first step would; Megatron reads it before as after that."""
     for part in optimizer.chained_optimizers:
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                state = part.optimizer.state[parameter]
-                if "exp_avg" not in state:
-                    state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
-                if isinstance(part.optimizer, torch.optim.Optimizer) and "step" not in state and "step" not in group:
-                    state["step"] = torch.tensor(0.0)
+        part.init_state_fn(part.optimizer, part.config)
+        if any("step" not in state for state in part.optimizer.state.values()):
+            _set_num_steps(part.optimizer, 0)
 
 
-def set_num_steps(optimizer: ChainedOptimizer, state: dict, num_steps: int) -> None:
-    """Put the number of steps taken into loaded optimizer state, where Adam's bias correction reads it."""
-    parts = [state] if len(optimizer.chained_optimizers) == 1 else list(state.values())
-    for part, chained in zip(parts, optimizer.chained_optimizers, strict=True):
-        inner = part.get("optimizer", part)
-        for group in inner["param_groups"]:
-            if "step" in group or isinstance(chained, DistributedOptimizer):
-                group["step"] = num_steps
+def _set_num_steps(optimizer: torch.optim.Optimizer, num_steps: int) -> None:
+    """torch's Adam counts steps for each parameter, Transformer Engine's and Apex's for each group."""
+    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        for state in optimizer.state.values():
+            state["step"] = torch.tensor(float(num_steps))
+    else:
+        for group in optimizer.param_groups:
+            group["step"] = num_steps
 
 
 def random_state() -> ShardedObject:

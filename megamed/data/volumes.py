@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel
 import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
@@ -21,7 +22,7 @@ NIBABEL_RUN = "nibabel:functional.nii"
 PLAUSIBLE_TR_S = (0.05, 60.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FmriRun:
     """One functional run.
 
@@ -54,13 +55,11 @@ def read_run(path: str | Path) -> FmriRun:
     Raises:
         UserError: there is nothing at the path, or what is there cannot be used as a run.
     """
-    # Each reader imports this file for FmriRun, so they are imported here and not at the top.
+    # Both readers import this file for FmriRun, so they are imported here and not at the top.
     from megamed.data.dicom import read_dicom_folder
     from megamed.data.nifti import read_nifti
 
     if str(path) == NIBABEL_RUN:
-        import nibabel
-
         return read_nifti(Path(nibabel.__file__).parent / "tests" / "data" / "functional.nii")
     place = Path(path).expanduser()
     if place.is_dir():

@@ -5,6 +5,7 @@ from megamed.runtime.device import prepare_megatron
 prepare_megatron()  # before the first import of megatron.core, here and in every module that imports this one
 
 from megamed.runtime.config import ParallelConfig  # noqa: E402
+from megamed.runtime.cpu_backend import meta_device  # noqa: E402
 from megamed.runtime.device import (  # noqa: E402
     current_device,
     default_dtype,
@@ -28,6 +29,7 @@ __all__ = [
     "device_type",
     "global_rank",
     "has_transformer_engine",
+    "meta_device",
     "peak_memory_bytes",
     "prepare_megatron",
     "rng_state",

@@ -13,14 +13,17 @@ import contextlib
 import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.utils._device
 
-_CPU = torch.device("cpu")
+from megamed.utils import UserError
+
+# What Megatron gets where it asks for CUDA: the CPU, or meta inside `meta_device`.
+_answer = torch.device("cpu")
 
 # Factory functions that Megatron calls with device="cuda" or pin_memory=True.
 _FACTORIES = (
@@ -67,6 +70,26 @@ def enable() -> None:
     _patch_megatron_random()
 
 
+@contextlib.contextmanager
+def meta_device() -> Iterator[None]:
+    """Inside it, modules are built on the meta device, Megatron's too: shapes and types, without memory.
+
+    With `torch.distributed`'s fake process group, this builds any rank of any job in one process.
+
+    Raises:
+        UserError: this process uses a GPU.
+    """
+    global _answer
+    if not _enabled:
+        raise UserError("building a model on the meta device needs the CPU: set CUDA_VISIBLE_DEVICES to nothing")
+    before, _answer = _answer, torch.device("meta")
+    try:
+        with _answer:
+            yield
+    finally:
+        _answer = before
+
+
 def _is_cuda(device: Any) -> bool:
     return device is not None and str(device).startswith("cuda")
 
@@ -77,7 +100,7 @@ def _patch_factories() -> None:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if kwargs:
                 if _is_cuda(kwargs.get("device")):
-                    kwargs["device"] = _CPU
+                    kwargs["device"] = _answer
                 kwargs.pop("pin_memory", None)  # pinned memory exists beside a GPU only
             return factory(*args, **kwargs)
 
@@ -143,7 +166,7 @@ def _patch_cuda_namespace() -> None:
     stream = _Stream()
     cuda: Any = torch.cuda
     # A torch.device, not an index: Megatron passes it on as `device=`, and on CPU an index means CUDA.
-    cuda.current_device = lambda: _CPU
+    cuda.current_device = lambda: _answer
     cuda.current_stream = lambda device=None: stream
     cuda.default_stream = lambda device=None: stream
     cuda.stream = lambda stream: contextlib.nullcontext()

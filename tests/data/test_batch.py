@@ -99,10 +99,9 @@ def test_packed_row():
 
     # Labels are the next tokens, and those of each kind spell what is to be learned.
     assert torch.equal(row.labels_S[:-1], row.tokens_S[1:])
-    assert spelled(row.labels_S[row.loss_kind_S == 2]) == "2<|im_end|>up<|im_end|>" * 1 + "up<|im_end|>" + (
-        "2<|im_end|>up<|im_end|>"
-    )
-    assert spelled(row.labels_S[row.loss_kind_S == 1]) == "Shown.\nHow many?Drift?fMRI.\nDrift?Shown.\nHow many?Drift?"
+    answers, texts = row.labels_S[row.loss_kind_S == 2], row.labels_S[row.loss_kind_S == 1]
+    assert spelled(answers) == "2<|im_end|>up<|im_end|>" "up<|im_end|>" "2<|im_end|>up<|im_end|>"
+    assert spelled(texts) == "Shown.\nHow many?Drift?" "fMRI.\nDrift?" "Shown.\nHow many?Drift?"
 
 
 def test_no_loss_across_documents_or_on_tags_and_padding():

@@ -235,8 +235,8 @@ def test_cut_file_is_named(tmp_path, keep):
 
 def test_compressed_pixels(tmp_path):
     """A real MR file in RLE, as a run of two volumes, reads as its uncompressed twin."""
-    packed = pydicom.dcmread(get_testdata_file("MR_small_RLE.dcm"))
-    plain = pydicom.dcmread(get_testdata_file("MR_small.dcm"))
+    packed = pydicom.dcmread(str(get_testdata_file("MR_small_RLE.dcm")))
+    plain = pydicom.dcmread(str(get_testdata_file("MR_small.dcm")))
     for t in range(2):
         packed.SOPInstanceUID, packed.TemporalPositionIdentifier = generate_uid(), t + 1
         packed.RepetitionTime = 2000

@@ -36,7 +36,7 @@ def test_real_run_matches_its_bytes():
     assert run.voxel_size_mm == (4.0, 4.0, 8.0) and run.repetition_time_s == 2.0
     assert run.source == "functional.nii" and run.num_volumes == 20
     # The file is int16 and scaled by its Analyze-style header, X from right to left.
-    proxy = nibabel.load(FUNCTIONAL).dataobj
+    proxy = nibabel.Nifti1Image.from_filename(FUNCTIONAL).dataobj
     raw = np.fromfile(FUNCTIONAL, "<i2", offset=352).reshape(17, 21, 3, 20, order="F")
     expected = raw[::-1] * proxy.slope + proxy.inter
     np.testing.assert_array_equal(run.signal_XYZT, expected.astype(np.float32))

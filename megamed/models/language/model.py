@@ -1,9 +1,12 @@
 """Builds the chunks of Megatron's `GPTModel` that one rank holds."""
 
+from typing import Any
+
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
 
 from megamed.models.language.config import LanguageConfig
 from megamed.models.language.spec import decoder_block_spec
@@ -18,6 +21,8 @@ def build_language_chunks(
     use_transformer_engine: bool | None = None,
 ) -> list[GPTModel]:
     """The model chunks of this rank, one for each virtual pipeline stage. Weights are not initialised.
+
+    The logits of the padded vocabulary are the lowest number there is, so that padding is no token.
 
     Args:
         config: the model.
@@ -45,7 +50,7 @@ def _chunk(
 ) -> GPTModel:
     rank, size = groups.pp.rank(), groups.pp.size()
     vp_stage = stage if parallel.virtual_pipeline > 1 else None
-    return GPTModel(
+    model = GPTModel(
         config=transformer,
         transformer_layer_spec=decoder_block_spec(transformer, use_transformer_engine, rank, vp_stage),
         vocab_size=config.padded_vocab_size,
@@ -59,3 +64,25 @@ def _chunk(
         pg_collection=groups,
         vp_stage=vp_stage,
     )
+    if model.post_process:
+        shard = config.padded_vocab_size // groups.tp.size()
+        num_real = min(max(config.vocab_size - groups.tp.rank() * shard, 0), shard)
+        if num_real < shard:
+            _silence_padding(model.output_layer, num_real)
+    return model
+
+
+def _silence_padding(output_layer: nn.Module, num_real: int) -> None:
+    """Give the padded vocabulary no probability: otherwise the softmax, hence the loss, would count it.
+
+    Args:
+        output_layer: returns (logits of this rank's part of the vocabulary, bias).
+        num_real: columns of that part that are tokens; the others are padding.
+    """
+
+    def hook(module: nn.Module, args: Any, output: tuple[Tensor, Tensor | None]) -> None:
+        logits = output[0]
+        # Autograd need not know, which saves a copy of the logits: with no probability there is no gradient.
+        logits.detach()[..., num_real:].fill_(torch.finfo(logits.dtype).min)
+
+    output_layer.register_forward_hook(hook)
