@@ -4,6 +4,7 @@ A checkpoint is a folder `step_00000100`. While it is written it has another nam
 it exist. `megamed.json` in it says what it is, in text.
 """
 
+import inspect
 import json
 import logging
 import os
@@ -34,6 +35,11 @@ log = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d{8})")
 _UNFINISHED = ".unfinished"
 _CARD = "megamed.json"
+
+# megatron-core 0.19 wants to know whose machinery writes, and takes an optional package's unless told otherwise.
+_ASYNC_OPTION: dict[str, Any] = (
+    {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
+)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -89,6 +95,7 @@ class CheckpointManager:
         self.model, self.optimizer, self.scheduler, self.mesh = model, optimizer, scheduler, mesh
         self._writer = BackgroundWriter()
         self._target = folder
+        self._is_validated = False
         self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
 
     def save(self, step: int, position: int) -> Path:
@@ -118,8 +125,14 @@ class CheckpointManager:
         card = {**self.describe, "step": step, "position": position, "world_size": dist.get_world_size()}
         try:
             request = dist_checkpointing.save(
-                state, str(aside), self._strategy, async_sharded_save=True, validate_access_integrity=step == 0
+                state,
+                str(aside),
+                self._strategy,
+                async_sharded_save=True,
+                validate_access_integrity=not self._is_validated,  # what is on which rank does not change
+                **_ASYNC_OPTION,
             )
+            self._is_validated = True
         except (CheckpointingException, OSError) as error:
             raise self._failure(target, error) from error
         request.finalize_fns.append(lambda: self._on_first_rank(lambda: self._finish(aside, target, card), target))

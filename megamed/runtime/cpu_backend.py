@@ -81,7 +81,7 @@ def meta_device() -> Iterator[None]:
     """
     global _answer
     if not _enabled:
-        raise UserError("building a model on the meta device needs the CPU: set CUDA_VISIBLE_DEVICES to nothing")
+        raise UserError("the meta device is for processes without a GPU: set CUDA_VISIBLE_DEVICES to nothing")
     before, _answer = _answer, torch.device("meta")
     try:
         with _answer:

@@ -21,6 +21,8 @@ class TrainConfig:
     """Packed rows of the global batch, over all replicas."""
     seed: int = 1234
     """Decides the initial weights and every random draw."""
+    text_loss_weight: float = 1.0
+    """Weight of the loss on text beside the answers (questions, context), whose own weight is 1."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of weights and activations; auto is bf16 on a GPU and fp32 on a CPU."""
 
@@ -93,6 +95,10 @@ class JobConfig:
             raise UserError(
                 f"data.seq_length={self.data.seq_length} does not divide by parallel.tensor={self.parallel.tensor}",
                 everywhere=True,
+            )
+        if self.train.text_loss_weight < 0:
+            raise UserError(
+                f"train.text_loss_weight={self.train.text_loss_weight} must not be negative", everywhere=True
             )
         if self.train.steps < 1:
             raise UserError(f"train.steps={self.train.steps} must be 1 or more", everywhere=True)

@@ -55,5 +55,5 @@ def build_job(config: JobConfig, mesh: Mesh) -> Job:
         phase=phase,
         optimizer=optimizer,
         scheduler=build_scheduler(config.optim, optimizer, config.train.steps),
-        stepper=Stepper(model, phase, mesh),
+        stepper=Stepper(model, phase, mesh, config.train.text_loss_weight),
     )

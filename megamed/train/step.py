@@ -1,7 +1,7 @@
 """One training step: vision phase, language phase, vision backward, optimizer.
 
-The loss is the sum over all labelled tokens of the global batch, divided by their number: a sample's
-weight does not depend on which microbatch, replica or rank it fell to. The number is known before the
+The loss is the weighted sum over all labelled tokens of the global batch, divided by their weight: a sample's
+share does not depend on which microbatch, replica or rank it fell to. The weight is known before the
 step, from the token layouts, so the gradients need no correction afterwards, and Megatron's auxiliary
 MoE losses, which are averaged over microbatches, keep one scale at every layout.
 
@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,9 +34,9 @@ class StepReport:
     """What one step measured, the same on every rank."""
 
     loss: float
-    """Mean loss per labelled token, nats."""
+    """Weighted mean over the labelled tokens, nats."""
     loss_by_kind: dict[str, float]
-    """The same for each kind of labelled token."""
+    """Mean for each kind of labelled token."""
     grad_norm: float | None
     """Norm of the whole model's gradient before clipping; None in evaluation."""
     num_tokens: int
@@ -56,12 +57,14 @@ class Stepper:
         model: this rank's parts.
         phase: the vision phase over the same encoder.
         mesh: the layout.
+        text_loss_weight: weight of the loss on labelled tokens that are no answers, whose own weight is 1.
     """
 
-    def __init__(self, model: PlacedModel, phase: VisionPhase, mesh: Mesh):
+    def __init__(self, model: PlacedModel, phase: VisionPhase, mesh: Mesh, text_loss_weight: float = 1.0):
         self.model = model
         self.phase = phase
         self.mesh = mesh
+        self.weights = {"none": 0.0, "text": text_loss_weight, "answer": 1.0}
         for chunk in model.language:
             chunk.config.finalize_model_grads_func = finalize_model_grads
 
@@ -111,27 +114,30 @@ class Stepper:
         counts = self._counts(microbatches)
         inputs = self.phase.language_inputs(microbatches, rows)
         # Megatron divides by the number of microbatches and by the data-parallel size; see the module's text.
-        scale = len(inputs) * self.mesh.data_size / max(counts["num_labels"], 1)
-        parts = run_schedule(self.model.language, inputs, partial(_loss, scale=scale), with_labels=True, train=train)
+        labels = counts.pop("labels")
+        total_weight = sum(self.weights[kind] * count for kind, count in zip(LOSS_KINDS, labels, strict=True))
+        scale = len(inputs) * self.mesh.data_size / (total_weight or 1.0)
+        weights = torch.tensor([self.weights[kind] for kind in LOSS_KINDS], device=current_device())
+        finish = partial(_loss, weights=weights * scale)
+        parts = run_schedule(self.model.language, inputs, finish, with_labels=True, train=train)
         sums = self._sum_over_replicas(parts)
-        return _report(sums, counts, self._moe_losses(len(inputs)) if train else {})
+        return self._report(sums, labels, counts, self._moe_losses(len(inputs)) if train else {})
 
-    def _counts(self, microbatches: Sequence[Microbatch]) -> dict[str, int]:
+    def _counts(self, microbatches: Sequence[Microbatch]) -> dict[str, Any]:
         """Sizes of the global batch. Every replica counts its own; one rank of each speaks for it."""
         speaks = int(self.phase.rank == 0)
-        values = {
-            "num_labels": speaks * sum(int((m.loss_kind_S > 0).sum()) for m in microbatches),
-            "num_tokens": speaks * sum(m.num_real for m in microbatches),
-            "num_frames": speaks * sum(len(m.frames) for m in microbatches),
-            "num_encoded": self.phase.num_encoded,
-        }
-        total = torch.tensor(list(values.values()), device=current_device())
+        labels = sum(torch.bincount(m.loss_kind_S, minlength=len(LOSS_KINDS)) for m in microbatches)
+        assert isinstance(labels, Tensor)
+        mine = [sum(m.num_real for m in microbatches), sum(len(m.frames) for m in microbatches), *labels.tolist()]
+        total = torch.tensor([self.phase.num_encoded, *(speaks * count for count in mine)], device=current_device())
         dist.all_reduce(total)
-        return dict(zip(values, total.tolist(), strict=True))
+        num_encoded, num_tokens, num_frames, *by_kind = total.tolist()
+        by_kind[0] = 0  # "none" is no label
+        return {"num_tokens": num_tokens, "num_frames": num_frames, "num_encoded": num_encoded, "labels": by_kind}
 
     def _sum_over_replicas(self, parts: list[Tensor]) -> Tensor:
-        """Loss sums and counts by kind [2, kinds] over the global batch, on every rank."""
-        total = torch.zeros(2, len(LOSS_KINDS), dtype=torch.float64, device=current_device())
+        """Loss sums by kind over the global batch, on every rank."""
+        total = torch.zeros(len(LOSS_KINDS), dtype=torch.float64, device=current_device())
         if self.mesh.is_last_stage and self.mesh.language.tp.rank() == 0:
             total += torch.stack(parts).sum(0)
         dist.all_reduce(total)
@@ -149,22 +155,24 @@ class Stepper:
         total /= sum(config.moe_layer_freq) * num_microbatches * self.mesh.data_size
         return {name: value for name, value in zip(AUX_LOSSES, total.tolist(), strict=True) if value}
 
+    def _report(
+        self, sums: Tensor, labels: list[int], counts: dict[str, int], moe_losses: dict[str, float]
+    ) -> StepReport:
+        kinds = [k for k in zip(LOSS_KINDS, sums.tolist(), labels, strict=True) if k[2]]
+        total_weight = sum(self.weights[name] * count for name, _, count in kinds)
+        return StepReport(
+            loss=sum(self.weights[name] * total for name, total, _ in kinds) / (total_weight or 1.0),
+            loss_by_kind={name: total / count for name, total, count in kinds},
+            grad_norm=None,
+            num_labels=sum(labels),
+            moe_losses=moe_losses,
+            **counts,
+        )
 
-def _report(sums: Tensor, counts: dict[str, int], moe_losses: dict[str, float]) -> StepReport:
-    totals, numbers = sums.tolist()
-    by_kind = {
-        kind: total / number
-        for kind, total, number in zip(LOSS_KINDS[1:], totals[1:], numbers[1:], strict=True)
-        if number
-    }
-    loss = sum(totals[1:]) / max(counts["num_labels"], 1)
-    return StepReport(loss=loss, loss_by_kind=by_kind, grad_norm=None, moe_losses=moe_losses, **counts)
 
-
-def _loss(output: Tensor, item: LanguageInput, scale: float) -> tuple[Tensor, Tensor]:
+def _loss(output: Tensor, item: LanguageInput, weights: Tensor) -> tuple[Tensor, Tensor]:
     losses = output.float().flatten()
     kinds = item.loss_kind_BS.flatten()
-    sums = torch.zeros(2, len(LOSS_KINDS), dtype=torch.float64, device=losses.device)
-    sums[0].index_add_(0, kinds, losses.detach().double())
-    sums[1].index_add_(0, kinds, torch.ones_like(losses, dtype=torch.float64))
-    return (losses * (kinds > 0)).sum() * scale, sums
+    sums = torch.zeros(len(weights), dtype=torch.float64, device=losses.device)
+    sums.index_add_(0, kinds, losses.detach().double())
+    return (losses * weights[kinds]).sum(), sums

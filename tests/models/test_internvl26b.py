@@ -1,4 +1,4 @@
-"""InternVL-26B on the meta device: the sizes that the published model has, and what one rank of eight holds."""
+"""InternVL-26B on the meta device: the published model's sizes, and what one rank of eight holds."""
 
 from collections import Counter
 from math import prod
@@ -31,13 +31,15 @@ def job() -> JobConfig:
 
 
 def build_rank(rank: int, config: JobConfig, world_size: int) -> tuple[Shapes, bool]:
-    """Shapes of the language model's parameters on one rank of a job, and whether all are bf16 on meta."""
+    """Shapes of the language model's parameters on one rank, and whether all are bf16 on the meta device."""
     dist.destroy_process_group()  # the one of the test's real ranks
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     mesh = runtime.build_mesh(config.parallel)
     runtime.seed_everything(1234, mesh.data_rank)
     with runtime.meta_device():
-        (chunk,) = build_language_chunks(config.model.language, config.parallel, mesh.language, torch.bfloat16)
+        (chunk,) = build_language_chunks(
+            config.model.language, config.parallel, mesh.language, torch.bfloat16
+        )
     parameters = dict(chunk.named_parameters())
     assert not list(chunk.buffers())
     right = all(p.is_meta and p.dtype == torch.bfloat16 for p in parameters.values())

@@ -26,37 +26,39 @@ from megamed.utils import UserError
 Family = Literal["llama", "qwen2", "qwen3", "internlm2"]
 
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
-_ATTENTION = "decoder.layers.{i}.self_attention"
-_MLP = "decoder.layers.{i}.mlp"
-_LAYER = "model.layers.{i}"
+_LAYER, _ATTENTION, _MLP = (f"decoder.layers.{{i}}{part}" for part in ("", ".self_attention", ".mlp"))
+_THEIRS = "model.layers.{i}"
 
 # `q`, `k` and `v` are not names of Megatron's: they stand for the parts of `linear_qkv`, see `_join_qkv`.
 TRANSFORMERS = (
     Rename(_EMBEDDING, ("model.embed_tokens.weight",)),
-    Rename("decoder.layers.{i}.input_layernorm.weight", (f"{_LAYER}.input_layernorm.weight",)),
+    Rename(f"{_LAYER}.input_layernorm.weight", (f"{_THEIRS}.input_layernorm.weight",)),
     *(
-        Rename(f"{_ATTENTION}.{part}.{kind}", (f"{_LAYER}.self_attn.{part}_proj.{kind}",))
+        Rename(f"{_ATTENTION}.{part}.{kind}", (f"{_THEIRS}.self_attn.{part}_proj.{kind}",))
         for part in ("q", "k", "v")
         for kind in ("weight", "bias")
     ),
-    Rename(f"{_ATTENTION}.q_layernorm.weight", (f"{_LAYER}.self_attn.q_norm.weight",)),
-    Rename(f"{_ATTENTION}.k_layernorm.weight", (f"{_LAYER}.self_attn.k_norm.weight",)),
-    Rename(f"{_ATTENTION}.linear_proj.weight", (f"{_LAYER}.self_attn.o_proj.weight",)),
-    Rename("decoder.layers.{i}.pre_mlp_layernorm.weight", (f"{_LAYER}.post_attention_layernorm.weight",)),
-    Rename(f"{_MLP}.linear_fc1.weight", (f"{_LAYER}.mlp.gate_proj.weight", f"{_LAYER}.mlp.up_proj.weight")),
-    Rename(f"{_MLP}.linear_fc2.weight", (f"{_LAYER}.mlp.down_proj.weight",)),
+    Rename(f"{_ATTENTION}.q_layernorm.weight", (f"{_THEIRS}.self_attn.q_norm.weight",)),
+    Rename(f"{_ATTENTION}.k_layernorm.weight", (f"{_THEIRS}.self_attn.k_norm.weight",)),
+    Rename(f"{_ATTENTION}.linear_proj.weight", (f"{_THEIRS}.self_attn.o_proj.weight",)),
+    Rename(f"{_LAYER}.pre_mlp_layernorm.weight", (f"{_THEIRS}.post_attention_layernorm.weight",)),
+    Rename(f"{_MLP}.linear_fc1.weight", (f"{_THEIRS}.mlp.gate_proj.weight", f"{_THEIRS}.mlp.up_proj.weight")),
+    Rename(f"{_MLP}.linear_fc2.weight", (f"{_THEIRS}.mlp.down_proj.weight",)),
     Rename("decoder.final_layernorm.weight", ("model.norm.weight",)),
     Rename(_OUTPUT, ("lm_head.weight",)),
 )
 
 INTERNLM2 = (
     Rename(_EMBEDDING, ("model.tok_embeddings.weight",)),
-    Rename("decoder.layers.{i}.input_layernorm.weight", (f"{_LAYER}.attention_norm.weight",)),
-    Rename(f"{_ATTENTION}.linear_qkv.weight", (f"{_LAYER}.attention.wqkv.weight",)),
-    Rename(f"{_ATTENTION}.linear_proj.weight", (f"{_LAYER}.attention.wo.weight",)),
-    Rename("decoder.layers.{i}.pre_mlp_layernorm.weight", (f"{_LAYER}.ffn_norm.weight",)),
-    Rename(f"{_MLP}.linear_fc1.weight", (f"{_LAYER}.feed_forward.w1.weight", f"{_LAYER}.feed_forward.w3.weight")),
-    Rename(f"{_MLP}.linear_fc2.weight", (f"{_LAYER}.feed_forward.w2.weight",)),
+    Rename(f"{_LAYER}.input_layernorm.weight", (f"{_THEIRS}.attention_norm.weight",)),
+    Rename(f"{_ATTENTION}.linear_qkv.weight", (f"{_THEIRS}.attention.wqkv.weight",)),
+    Rename(f"{_ATTENTION}.linear_proj.weight", (f"{_THEIRS}.attention.wo.weight",)),
+    Rename(f"{_LAYER}.pre_mlp_layernorm.weight", (f"{_THEIRS}.ffn_norm.weight",)),
+    Rename(
+        f"{_MLP}.linear_fc1.weight",
+        (f"{_THEIRS}.feed_forward.w1.weight", f"{_THEIRS}.feed_forward.w3.weight"),
+    ),
+    Rename(f"{_MLP}.linear_fc2.weight", (f"{_THEIRS}.feed_forward.w2.weight",)),
     Rename("decoder.final_layernorm.weight", ("model.norm.weight",)),
     Rename(_OUTPUT, ("output.weight",)),
 )
@@ -81,13 +83,14 @@ def from_hf(state_dict: Mapping[str, Tensor], config: LanguageConfig, family: Fa
         UserError: a name that the family does not have, a missing part of a fused weight, or a size that is
             not the configuration's.
     """
-    # Buffers that old checkpoints carry; the values follow from `rotary_base`.
-    weights = {name: tensor for name, tensor in state_dict.items() if not name.endswith("rotary_emb.inv_freq")}
+    # Old checkpoints carry these buffers; their values follow from `rotary_base`.
+    weights = {name: x for name, x in state_dict.items() if not name.endswith("rotary_emb.inv_freq")}
     ours = _join_qkv(to_ours(TABLES[family], weights), config)
     if config.tie_embeddings and (output := ours.pop(_OUTPUT, None)) is not None:
         if not torch.equal(output, ours.get(_EMBEDDING, output)):
             raise UserError(
-                "the checkpoint's output layer differs from its embedding: set model.language.tie_embeddings=false"
+                "the checkpoint's output layer differs from its embedding: "
+                "set model.language.tie_embeddings=false"
             )
     for name in (_EMBEDDING, _OUTPUT):
         if name in ours:
@@ -158,4 +161,6 @@ def _split_qkv(ours: dict[str, Tensor], config: LanguageConfig) -> dict[str, Ten
 
 def _need_rows(name: str, tensor: Tensor, rows: int, keys: str) -> None:
     if len(tensor) != rows:
-        raise UserError(f"{name} has {len(tensor)} rows in the checkpoint, {rows} by model.language: check {keys}")
+        raise UserError(
+            f"{name} has {len(tensor)} rows in the checkpoint, {rows} by model.language: check {keys}"
+        )

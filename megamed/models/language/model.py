@@ -52,14 +52,17 @@ def _chunk(
     vp_stage = stage if parallel.virtual_pipeline > 1 else None
     model = GPTModel(
         config=transformer,
-        transformer_layer_spec=decoder_block_spec(transformer, use_transformer_engine, rank, vp_stage),
+        transformer_layer_spec=decoder_block_spec(
+            transformer, config.rotary_base, use_transformer_engine, rank, vp_stage
+        ),
         vocab_size=config.padded_vocab_size,
         max_sequence_length=config.max_positions,
         pre_process=rank == 0 and stage == 0,
         post_process=rank == size - 1 and stage == parallel.virtual_pipeline - 1,
         parallel_output=True,
         share_embeddings_and_output_weights=config.tie_embeddings,
-        position_embedding_type="rope",
+        # Without Transformer Engine, the layers' own attention applies RoPE.
+        position_embedding_type="rope" if use_transformer_engine else "none",
         rotary_base=int(config.rotary_base),
         pg_collection=groups,
         vp_stage=vp_stage,

@@ -27,9 +27,16 @@ class RMSNorm(nn.RMSNorm):
 
 
 def decoder_block_spec(
-    config: TransformerConfig, use_transformer_engine: bool, pp_rank: int, vp_stage: int | None
+    config: TransformerConfig,
+    rotary_base: float,
+    use_transformer_engine: bool,
+    pp_rank: int,
+    vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
-    """Specs of the layers that one pipeline stage (and virtual chunk) builds, dense or expert by layer."""
+    """Specs of the layers that one pipeline stage (and virtual chunk) builds, dense or expert by layer.
+
+    Without Transformer Engine the layers apply RoPE themselves, with `rotary_base`.
+    """
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine, normalization="RMSNorm", vp_stage=vp_stage, pp_rank=pp_rank
     )
@@ -46,7 +53,7 @@ def decoder_block_spec(
         modules.input_layernorm = RMSNorm
         modules.pre_mlp_layernorm = RMSNorm
         attention = modules.self_attention.submodules
-        attention.core_attention = PackedCausalAttention
+        attention.core_attention = partial(PackedCausalAttention, rotary_base=rotary_base)
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     block.layer_norm = RMSNorm

@@ -21,17 +21,24 @@ from megamed.runtime import Mesh
 LENGTHS = (24, 13, 1)
 # A vocabulary without padding: model FLOPs do not count padded rows, a counter does.
 SIZES: dict[str, Any] = {
-    "vocab_size": 128, "hidden_size": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 72,
+    "vocab_size": 128, "hidden_size": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2,
+    "intermediate_size": 72,
 }  # fmt: skip
 CASES: dict[str, tuple[dict, dict]] = {
     "dense": ({}, {}),
-    "wide heads, biases, norms": ({"head_dim": 16, "qkv_bias": True, "qk_norm": True, "tie_embeddings": True}, {}),
+    "wide heads, biases, norms, tied": (
+        {"head_dim": 16, "qkv_bias": True, "qk_norm": True, "tie_embeddings": True},
+        {},
+    ),
     "experts": ({}, {"num_experts": 6, "top_k": 2, "intermediate_size": 40, "z_loss_coeff": 0.1}),
     "shared expert, one dense layer": (
         {},
-        {"num_experts": 4, "top_k": 3, "intermediate_size": 40, "shared_intermediate_size": 24, "first_dense_layers": 1},
+        {
+            "num_experts": 4, "top_k": 3, "intermediate_size": 40, "shared_intermediate_size": 24,
+            "first_dense_layers": 1,
+        },
     ),
-}
+}  # fmt: skip
 
 
 def counted(config: LanguageConfig, mesh: Mesh) -> Flops:

@@ -35,11 +35,12 @@ from megamed.models.vlm import FrameEncoder, embed_with_visual_tokens
 from megamed.runtime import Mesh
 from megamed.utils import UserError
 
-# Both sides compute in float32 with values of order 1, and differ in the order of sums only (one product for q,
-# k and v, one for gate and up; norms and attention written differently): some 1e-6 after three layers.
+# Both sides compute in float32 with values of order 1, and differ in the order of sums only (one product for
+# q, k and v, one for gate and up; norms and attention written differently): some 1e-6 after three layers.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 VOCAB_SIZE = 250  # padded to 256
 LENGTHS = (13, 9)
+Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,42 +52,58 @@ class Case:
     ours: LanguageConfig
 
 
-def case(family: Family, model: type, config: type, ours: dict, theirs: dict, **both: float | bool) -> Case:
-    """A tiny pair. `both` are fields whose names agree up to the prefix that transformers gives them."""
-    rotary_base, norm_eps, tied = both["rotary_base"], both["norm_eps"], bool(both["tied"])
-    kv_heads, head_dim = int(both["kv_heads"]), int(both["head_dim"])
+def case(
+    family: Family,
+    ours: dict,
+    theirs: dict,
+    *,
+    kv_heads: int,
+    head_dim: int,
+    rotary_base: float,
+    norm_eps: float,
+    tied: bool,
+) -> Case:
+    """A tiny pair; `ours` and `theirs` are further settings of each side."""
+    model, config = CLASSES[family]
     their_config = config(
         vocab_size=VOCAB_SIZE, hidden_size=48, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=kv_heads, intermediate_size=80, rms_norm_eps=norm_eps, max_position_embeddings=64,
-        rope_parameters={"rope_type": "default", "rope_theta": rotary_base}, tie_word_embeddings=tied, **theirs,
+        rope_parameters={"rope_type": "default", "rope_theta": rotary_base}, tie_word_embeddings=tied,
+        **theirs,
     )  # fmt: skip
     our_config = LanguageConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=48, num_layers=3, num_heads=4, num_kv_heads=kv_heads, head_dim=head_dim,
-        intermediate_size=80, norm_eps=norm_eps, rotary_base=rotary_base, max_positions=64, tie_embeddings=tied, **ours,
+        vocab_size=VOCAB_SIZE, hidden_size=48, num_layers=3, num_heads=4, num_kv_heads=kv_heads,
+        head_dim=head_dim, intermediate_size=80, norm_eps=norm_eps, rotary_base=rotary_base, max_positions=64,
+        tie_embeddings=tied, **ours,
     )  # fmt: skip
     return Case(family, lambda: model(their_config), our_config)
 
 
+CLASSES: dict[Family, tuple[type, type]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config),
+}
 # Heads, key/value heads, head width, RoPE base, epsilon and tying differ from case to case.
 CASES = {
     "llama": case(
-        "llama", LlamaForCausalLM, LlamaConfig, {}, {"head_dim": 16},
+        "llama", {}, {"head_dim": 16},
         kv_heads=2, head_dim=16, rotary_base=5e5, norm_eps=1e-5, tied=False,
     ),
     "qwen2-bias-tied": case(
-        "qwen2", Qwen2ForCausalLM, Qwen2Config, {"qkv_bias": True}, {},
+        "qwen2", {"qkv_bias": True}, {},
         kv_heads=1, head_dim=12, rotary_base=1e6, norm_eps=1e-6, tied=True,
     ),
     "qwen2-bias-every-head": case(
-        "qwen2", Qwen2ForCausalLM, Qwen2Config, {"qkv_bias": True}, {},
+        "qwen2", {"qkv_bias": True}, {},
         kv_heads=4, head_dim=12, rotary_base=1e4, norm_eps=1e-6, tied=False,
     ),
     "qwen3-norm": case(
-        "qwen3", Qwen3ForCausalLM, Qwen3Config, {"qk_norm": True}, {"head_dim": 16},
+        "qwen3", {"qk_norm": True}, {"head_dim": 16},
         kv_heads=2, head_dim=16, rotary_base=1e6, norm_eps=1e-3, tied=False,
     ),
     "qwen3-norm-tied": case(
-        "qwen3", Qwen3ForCausalLM, Qwen3Config, {"qk_norm": True}, {"head_dim": 8},
+        "qwen3", {"qk_norm": True}, {"head_dim": 8},
         kv_heads=2, head_dim=8, rotary_base=1e4, norm_eps=1e-6, tied=True,
     ),
 }  # fmt: skip
@@ -111,7 +128,7 @@ def their_model(chosen: Case) -> PreTrainedModel:
     return model
 
 
-def our_model(config: LanguageConfig, weights: dict[str, Tensor], mesh: Mesh) -> GPTModel:
+def our_model(config: LanguageConfig, weights: Weights, mesh: Mesh) -> GPTModel:
     (model,) = build_language_chunks(config, mesh.config, mesh.language, torch.float32)
     model.load_state_dict(weights)
     return model
@@ -139,7 +156,8 @@ def run_ours(model: GPTModel, texts: Sequence[Tensor], labels_BS: Tensor | None 
     """Logits [S, V] of all documents packed into one row, or losses [S] if there are labels."""
     positions = torch.cat([torch.arange(len(text)) for text in texts])
     lengths = [len(text) for text in texts]
-    out = model(torch.cat(list(texts))[None], positions[None], None, labels=labels_BS, packed_seq_params=packing(lengths))
+    tokens_BS = torch.cat(list(texts))[None]
+    out = model(tokens_BS, positions[None], None, labels=labels_BS, packed_seq_params=packing(lengths))
     return out[0] if labels_BS is not None else out[0, :, :VOCAB_SIZE]
 
 
@@ -148,13 +166,13 @@ def run_theirs(model: PreTrainedModel, texts: Sequence[Tensor]) -> Tensor:
     return torch.cat([model(text[None], use_cache=False).logits[0] for text in texts])
 
 
-def gradients(module: nn.Module) -> dict[str, Tensor]:
+def gradients(module: nn.Module) -> Weights:
     found = {name: parameter.grad for name, parameter in module.named_parameters()}
     assert all(grad is not None and grad.abs().max() > 0 for grad in found.values())
     return found
 
 
-def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same_gradients(found: Weights, expected: Weights) -> None:
     assert found.keys() == expected.keys()
     for name, grad in found.items():
         # Relative to the largest entry: an entry near 0 is a difference of large terms.
@@ -221,11 +239,12 @@ def test_weights_round_trip(name: str, mesh: Mesh) -> None:
     assert all(torch.equal(tensor, ours.state_dict()[key]) for key, tensor in again.items())
 
 
-def as_internlm2(state: dict[str, Tensor], num_layers: int, kv_heads: int, head_dim: int) -> dict[str, Tensor]:
+def as_internlm2(state: Weights, num_layers: int, kv_heads: int, head_dim: int) -> Weights:
     """A Llama's weights in the layout of InternLM2: the rows of `wqkv` go by key/value head."""
     names = {
-        "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attention.wo",
-        "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2",
+        "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+        "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1",
+        "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2",
     }  # fmt: skip
     result = {
         "model.tok_embeddings.weight": state["model.embed_tokens.weight"],
@@ -267,7 +286,7 @@ def test_checkpoints_that_do_not_fit_are_refused() -> None:
     without_key = {name: tensor for name, tensor in state.items() if "layers.1.self_attn.k_proj" not in name}
     with pytest.raises(UserError, match="lacks decoder.layers.1.self_attention.k.weight"):
         from_hf(without_key, chosen.ours, "llama")
-    with pytest.raises(UserError, match="250 rows in the checkpoint, 251 by model.language: check vocab_size"):
+    with pytest.raises(UserError, match="250 rows in the checkpoint, 251 by .*: check vocab_size"):
         from_hf(state, replace(chosen.ours, vocab_size=251), "llama")
     with pytest.raises(UserError, match="check num_heads, num_kv_heads and head_dim"):
         from_hf(state, replace(chosen.ours, head_dim=12), "llama")
@@ -278,8 +297,8 @@ def test_checkpoints_that_do_not_fit_are_refused() -> None:
 
 
 VISION = VisionConfig(
-    hidden_size=48, num_layers=2, num_heads=3, intermediate_size=80, image_size=56, qkv_bias=True, qk_norm=False,
-    norm="layer_norm",
+    hidden_size=48, num_layers=2, num_heads=3, intermediate_size=80, image_size=56, qkv_bias=True,
+    qk_norm=False, norm="layer_norm",
 )  # fmt: skip
 IMAGE_TOKEN = VOCAB_SIZE - 1
 
@@ -298,13 +317,14 @@ def their_internvl(text: Case) -> InternVLForConditionalGeneration:
     return model
 
 
-def within(values: dict[str, Tensor], prefix: str, instead: str = "") -> dict[str, Tensor]:
+def within(values: Weights, prefix: str, instead: str = "") -> Weights:
     """Those values whose names have the prefix, with another one instead."""
-    return {instead + name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    found = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    return {instead + name: value for name, value in found.items()}
 
 
-def split_internvl(values: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """An InternVL's values for vision tower, projector and language model, by the names that each has alone."""
+def split_internvl(values: Weights) -> tuple[Weights, Weights, Weights]:
+    """An InternVL's values for vision tower, projector and language model, named as each is alone."""
     return (
         within(values, "model.vision_tower."),
         within(values, "model.multi_modal_projector."),
