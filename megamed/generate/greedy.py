@@ -70,7 +70,9 @@ def greedy(
     """
     rows, slots = _lay_out(prompts, seq_length, max_new_tokens, pad_id)
     # Every replica runs as many rows as the busiest one, so that experts spread over replicas stay in step.
-    per_replica = -(-len(rows) // mesh.data_size)
+    # The interleaved schedule takes them in groups of the pipeline's size.
+    group = mesh.config.pipeline if mesh.config.virtual_pipeline > 1 else 1
+    per_replica = -(-len(rows) // (mesh.data_size * group)) * group
     mine = [(mesh.data_rank + i * mesh.data_size) % len(rows) for i in range(per_replica)]
     for part in model.parts:
         part.eval()

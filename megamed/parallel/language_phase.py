@@ -4,7 +4,7 @@ Shapes: S tokens of a packed row, B = 1, H hidden size, R visual tokens of this 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,6 +18,9 @@ from megamed.data import Microbatch
 from megamed.models.vlm import embed_with_visual_tokens
 from megamed.parallel.exchange import Shard
 from megamed.runtime import Mesh, current_device
+
+# Matrix products on a GPU want sizes that are multiples of this.
+ROW_MULTIPLE = 16
 
 
 class Finish(Protocol):
@@ -41,6 +44,33 @@ class LanguageInput:
     """Visual tokens that fall into this rank's part of the row."""
     index_R: Tensor
     """Where they go within that part."""
+
+
+def trim_padding(microbatches: Sequence[Microbatch], mesh: Mesh) -> list[Microbatch]:
+    """Rows without the padding at their end, to the next multiple of `ROW_MULTIPLE`.
+
+    Rows keep their one length where other ranks count on it: between pipeline stages, under sequence
+    parallelism, and between replicas that share experts.
+    """
+    config = mesh.config
+    if config.pipeline > 1 or config.expert > 1 or (config.sequence and config.tensor > 1):
+        return list(microbatches)
+    return [_trim(m) for m in microbatches]
+
+
+def _trim(microbatch: Microbatch) -> Microbatch:
+    length = -(-max(microbatch.num_real, 1) // ROW_MULTIPLE) * ROW_MULTIPLE
+    if length >= len(microbatch.tokens_S):
+        return microbatch
+    bounds = microbatch.cu_seqlens
+    return replace(
+        microbatch,
+        tokens_S=microbatch.tokens_S[:length],
+        labels_S=microbatch.labels_S[:length],
+        loss_kind_S=microbatch.loss_kind_S[:length],
+        position_S=microbatch.position_S[:length],
+        cu_seqlens=torch.cat([bounds[bounds < length], bounds.new_tensor([length])]),
+    )
 
 
 def language_input(microbatch: Microbatch, rows_RH: Tensor, shard: Shard, mesh: Mesh) -> LanguageInput:

@@ -141,6 +141,8 @@ class VisionPhase:
         return [language_input(m, r, shard, self.mesh) for m, r in zip(microbatches, rows, strict=True)]
 
     def _all_to_all(self, rows_RH: Tensor, send_splits: list[int], recv_splits: list[int]) -> Tensor:
+        if len(self.shards) == 1:  # a replica of one rank keeps what it has
+            return rows_RH
         output = rows_RH.new_empty(sum(recv_splits), self.hidden_size)
         dist.all_to_all_single(output, rows_RH.contiguous(), recv_splits, send_splits, group=self.mesh.replica)
         return output

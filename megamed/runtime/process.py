@@ -1,18 +1,21 @@
 """Start-up and shutdown of one rank's process.
 
 A program's `main` runs inside `run`, which owns the way out: a `UserError` becomes one line and exit
-code 2, any other exception a traceback and exit code 1, and in both cases the process ends at once,
-without waiting for collectives that the other ranks will never join. torchrun then ends those.
+code 2, any other exception a traceback and exit code 1, Ctrl-C one line and exit code 130. In each case
+the process ends at once, without waiting for collectives that the other ranks will never join. torchrun
+then ends those.
 """
 
+import contextlib
 import datetime
 import json
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -20,11 +23,15 @@ from megamed.runtime.device import device_type, set_device
 from megamed.utils import UserError
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 
-# A rank that loses its peer fails a moment after the rank that had the error. It waits this long before
-# it speaks, so that torchrun ends it first and the screen shows the cause, not the consequences.
+# When one rank fails, torchrun ends the others a moment later. Ranks that would only repeat what another
+# says wait for that: so the screen shows the cause, once. One that nobody ends speaks after all.
+_SAME_ERROR_DELAY_S = 4.0
 _CONSEQUENCE_DELAY_S = 10.0
-_CONSEQUENCES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
+# How a rank learns that its peer is gone.
+_CONSEQUENCES = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe",
+                 "NCCL communicator was aborted")
 
 
 def global_rank() -> int:
@@ -53,14 +60,16 @@ def start(timeout_minutes: float = 30.0) -> None:
     if "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
         return
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         dist.init_process_group(backend, **options)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
-            f"cannot meet the other ranks at {where} ({_first_line(error)}); if the port is in use, "
-            "start torchrun with --standalone or another --master-port"
+            f"cannot meet the other ranks at {where} ({_first_line(error)}); if another program has the port, "
+            "start torchrun without --master-port, or with another one"
         ) from error
+    except ValueError as error:  # a variable of the environment is missing
+        raise UserError(f"cannot meet the other ranks ({_first_line(error)}); start with torchrun") from error
 
 
 def stop() -> None:
@@ -75,48 +84,82 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     Args:
         main: the program; returns an exit code, None for 0.
     """
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # ignored in what nohup or a script's & started
+        signal.signal(signal.SIGINT, _end_interrupted)
     try:
         code = main() or 0
     except UserError as error:
         code = EXIT_USER_ERROR
         _report_user_error(error)
-    except KeyboardInterrupt:
-        code = 130
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException as error:
         code = 1
         _report_defect(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # None where whoever started the program had closed it
+            with contextlib.suppress(OSError):  # whoever read it has gone
+                stream.flush()
     if code:
         os._exit(code)
     stop()
     sys.exit(0)
 
 
+def _end_interrupted(signal_number: int, frame: Any) -> None:
+    """End on Ctrl-C, here and now: an exception might be caught, or wait for other ranks, on its way up."""
+    if global_rank() == 0:
+        os.write(2, b"\nmegamed: interrupted; what was saved stays, and the same command goes on from it\n")
+    os._exit(EXIT_INTERRUPTED)
+
+
 def _report_user_error(error: UserError) -> None:
+    _let_others_speak(error)
     rank = global_rank()
     _tell_torchrun(str(error))
-    if rank == 0 or not error.everywhere:
-        who = "" if world_size() == 1 or error.everywhere else f" [rank {rank}]"
-        print(f"megamed: error{who}: {error}", file=sys.stderr, flush=True)
+    print(f"megamed: error{f' [rank {rank}]' if rank else ''}: {error}", file=sys.stderr, flush=True)
 
 
 def _report_defect(error: BaseException) -> None:
-    if any(sign in str(error) for sign in _CONSEQUENCES):
-        time.sleep(_CONSEQUENCE_DELAY_S)
+    _let_others_speak(error)
     _tell_torchrun(f"{type(error).__name__}: {_first_line(error)}")
     print(f"megamed: rank {global_rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
 
 
+def _let_others_speak(error: BaseException) -> None:
+    """Wait, where another rank has the cause of this error or the same error, until torchrun ends this one."""
+    if world_size() == 1:
+        return
+    if _is_consequence(error):
+        time.sleep(_CONSEQUENCE_DELAY_S)
+    elif global_rank() > 0:
+        time.sleep(_SAME_ERROR_DELAY_S)
+
+
+def _is_consequence(error: BaseException | None) -> bool:
+    """Whether this error, or one that it came from, says that a peer is gone."""
+    while error is not None:
+        if any(sign in str(error) for sign in _CONSEQUENCES):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _tell_torchrun(message: str) -> None:
-    """Leave the message where torchrun looks for it, so that its closing report names the cause."""
+    """Leave the message where torchrun looks for it, so that its closing report names the cause.
+
+    The format is that of `torch.distributed.elastic.multiprocessing.errors.ErrorHandler`. torchrun fails
+    on half a file, hence the rename.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         reply = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
-        with open(path, "w") as file:
-            json.dump(reply, file)
+        try:
+            with open(f"{path}.new", "w") as file:
+                json.dump(reply, file)
+            os.replace(f"{path}.new", path)
+        except OSError:
+            pass  # the message is on the screen; torchrun then reports the exit code alone
 
 
 def _first_line(error: BaseException) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 from megamed.data import LOSS_KINDS, FrameRef, Microbatch
 from megamed.models.moe import AUX_LOSSES, take_recorded_losses
 from megamed.optim import clip_by_total_norm
-from megamed.parallel import LanguageInput, PlacedModel, VisionPhase, run_schedule
+from megamed.parallel import LanguageInput, PlacedModel, VisionPhase, run_schedule, trim_padding
 from megamed.runtime import Mesh, current_device
 
 LoadFrames = Callable[[Sequence[FrameRef]], Tensor]
@@ -110,6 +110,7 @@ class Stepper:
         return report
 
     def _phases(self, microbatches: Sequence[Microbatch], load: LoadFrames, train: bool) -> StepReport:
+        microbatches = trim_padding(microbatches, self.mesh)
         rows = self.phase.forward(microbatches, load, keep_graph=train)
         counts = self._counts(microbatches)
         inputs = self.phase.language_inputs(microbatches, rows)
