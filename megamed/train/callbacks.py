@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +51,22 @@ def measurements(event: StepEvent, peak_flops: float) -> dict[str, Any]:
 
 
 class Progress:
-    """A progress bar on rank 0: loss, tokens/s, and the time that is left."""
+    """A progress bar on rank 0: loss, tokens/s, and the time that is left. A log file gets it every 10 s alone."""
 
     def __init__(self, total_steps: int):
         self.total_steps = total_steps
         self.bar: Any = None
 
     def start(self, step: int) -> None:
+        stream = sys.stderr  # None where whoever started the program had closed it
         self.bar = tqdm(
             total=self.total_steps,
             initial=step,
             desc="train",
             unit="step",
             dynamic_ncols=True,
-            mininterval=0.5,
-            disable=dist.get_rank() != 0,
+            mininterval=0.5 if stream is not None and stream.isatty() else 10.0,
+            disable=stream is None or dist.get_rank() != 0,
         )
 
     def after_step(self, event: StepEvent) -> None:
@@ -71,7 +75,12 @@ class Progress:
         self.bar.update()
 
     def end(self) -> None:
-        self.bar.close()
+        self.close()
+
+    def close(self) -> None:
+        """End the bar's line, whatever happened, so that what is printed next has one of its own."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 class Metrics:
@@ -86,11 +95,13 @@ class Metrics:
 
     def start(self, step: int) -> None:
         if dist.get_rank() == 0:
-            kept = _lines_up_to(self.path, step)
-            aside = self.path.with_suffix(".jsonl.new")
-            aside.write_text("".join(kept))
-            aside.replace(self.path)
-            self.file = open(self.path, "a")
+            try:
+                aside = self.path.with_suffix(".jsonl.new")
+                aside.write_text("".join(_lines_up_to(self.path, step)))
+                aside.replace(self.path)
+                self.file = open(self.path, "a")
+            except OSError as error:
+                raise self._failure(error) from error
 
     def after_step(self, event: StepEvent) -> None:
         if self.file:
@@ -98,7 +109,13 @@ class Metrics:
                 self.file.write(json.dumps(measurements(event, self.peak_flops)) + "\n")
                 self.file.flush()
             except OSError as error:
-                raise UserError(f"{self.path}: cannot be written ({error}); free space there and run again") from error
+                raise self._failure(error) from error
+
+    def _failure(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self.path}: cannot be written ({error.strerror or error}); free space there or set run.dir to "
+            "another disk, then run again"
+        )
 
     def end(self) -> None:
         if self.file:
@@ -129,18 +146,38 @@ class Wandb:
     def start(self, step: int) -> None:
         if dist.get_rank() or self.config.mode == "disabled":
             return
-        wandb = require("wandb", "wandb.mode=" + self.config.mode, "wandb")
-        quiet = wandb.Settings(
-            silent=True, console="off", disable_git=True, disable_code=True, x_disable_meta=True, x_disable_stats=True
+        wandb = require("wandb", f"wandb.mode={self.config.mode}", "pip install wandb")
+        # Its reports of its own errors go over the network, offline or not, and have tracebacks with paths.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        private = wandb.Settings(
+            silent=True,
+            console="off",
+            host="",
+            symlink=False,
+            disable_git=True,
+            disable_code=True,
+            disable_job_creation=True,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_save_requirements=False,
         )
-        self.run = wandb.init(
-            mode=self.config.mode,
-            project=self.config.project,
-            name=self.name,
-            dir=str(self.folder),
-            config=self.settings,
-            settings=quiet,
-        )
+        try:
+            self.run = wandb.init(
+                mode=self.config.mode,
+                project=self.config.project,
+                name=self.name,
+                dir=str(self.folder),
+                config=self.settings,
+                settings=private,
+            )
+        except (wandb.Error, OSError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"wandb.mode={self.config.mode}: Weights & Biases does not start ({reason}); mend that, or set "
+                "wandb.mode=disabled (metrics.jsonl has the same numbers)"
+            ) from error
+        # Its debug logs begin with the run's whole path, and with it the user's name.
+        shutil.rmtree(self.run.settings.log_dir, ignore_errors=True)
 
     def after_step(self, event: StepEvent) -> None:
         if self.run:
