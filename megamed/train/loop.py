@@ -11,6 +11,7 @@ from megamed.data import FrameRef, MicrobatchSource
 from megamed.train.job import Job
 from megamed.train.meter import step_flops, sum_over_replicas
 from megamed.train.step import StepReport
+from megamed.utils import UserError
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,14 @@ def fit(job: Job, source: MicrobatchSource, callbacks: Sequence[Callback], start
         ]
         timed.seconds += time.perf_counter() - began
         lr = job.optimizer.param_groups[0]["lr"]
-        report = job.stepper.train(microbatches, timed.load, job.optimizer)
+        try:
+            report = job.stepper.train(microbatches, timed.load, job.optimizer)
+        except FloatingPointError as error:
+            raise UserError(
+                f"step {step + 1}: {error}; the weights are those of step {step}. Lower optim.lr or look at the "
+                "data of this step, then run again to go on from the last checkpoint",
+                everywhere=True,
+            ) from error
         job.scheduler.step(1)
         flops = sum_over_replicas(float(step_flops(job.config.model, microbatches)), mesh)
         event = StepEvent(
