@@ -10,11 +10,11 @@ import logging
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megamed.checkpoint.config import CheckpointConfig
 from megamed.checkpoint.state import load_optimizer, model_state, optimizer_state, random_state
-from megamed.checkpoint.writer import BackgroundWriter
-from megamed.runtime import Mesh, current_device, set_rng_state
+from megamed.checkpoint.writer import BackgroundWriter, reason_of
+from megamed.runtime import Mesh, set_rng_state
 from megamed.utils import UserError
 
 log = logging.getLogger(__name__)
@@ -35,11 +35,15 @@ log = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d{8})")
 _UNFINISHED = ".unfinished"
 _CARD = "megamed.json"
+_MEND_DAMAGED = "move that folder away, and run again to go on from the one before"
 
 # megatron-core 0.19 wants to know whose machinery writes, and takes an optional package's unless told otherwise.
 _ASYNC_OPTION: dict[str, Any] = (
     {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
 )
+
+# What a full disk makes Megatron and torch raise: torch's own writer turns the system's error into a RuntimeError.
+_WRITE_ERRORS = (CheckpointException, CheckpointingException, OSError, RuntimeError)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -56,9 +60,13 @@ def read_card(checkpoint: Path) -> dict[str, Any]:
         UserError: the card is missing or damaged.
     """
     try:
-        return json.loads((checkpoint / _CARD).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint}: {_CARD} cannot be read ({error}); use another checkpoint") from error
+        card = json.loads((checkpoint / _CARD).read_text())
+        missing = [key for key in ("step", "model", "layout", "world_size") if key not in card]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{checkpoint}: {_CARD} cannot be read ({error}); {_MEND_DAMAGED}") from error
+    if missing:
+        raise UserError(f"{checkpoint}: {_CARD} has no {missing[0]}; {_MEND_DAMAGED}")
+    return card
 
 
 class Placed(Protocol):
@@ -133,7 +141,7 @@ class CheckpointManager:
                 **_ASYNC_OPTION,
             )
             self._is_validated = True
-        except (CheckpointingException, OSError) as error:
+        except _WRITE_ERRORS as error:
             raise self._failure(target, error) from error
         request.finalize_fns.append(lambda: self._on_first_rank(lambda: self._finish(aside, target, card), target))
         self._target = target
@@ -152,6 +160,10 @@ class CheckpointManager:
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Load a checkpoint in place: weights, optimizer, scheduler and, at the same layout, random states.
+
+        Of the scheduler that is the number of steps taken alone. Peak, warm-up and decay are what they are set to
+        now: a run that is given more steps goes on where a run of that length would be on its schedule, which may
+        be above the learning rate that it had come down to. `optim.decay_steps` keeps the earlier length.
 
         Returns:
             Its card.
@@ -177,19 +189,28 @@ class CheckpointManager:
         if same_layout:
             state["random"] = random_state()
         try:
-            loaded = dist_checkpointing.load(state, str(checkpoint))
-        except (CheckpointingException, OSError, RuntimeError, KeyError) as error:
-            raise UserError(
-                f"{checkpoint}: cannot be loaded ({_short(error)}); move it away and run again to take the one before"
-            ) from error
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of types that torch itself uses here
+                loaded = dist_checkpointing.load(state, str(checkpoint))
+        except (Exception, CheckpointException) as error:  # damaged files raise whatever their bytes lead to
+            raise UserError(f"{checkpoint}: cannot be loaded ({reason_of(error)}); {_MEND_DAMAGED}") from error
         for index, chunk in enumerate(self.model.language):
             chunk.module.load_state_dict(_without_prefix(loaded["model"][f"language{index}"], "language."))
         self.model.vision.module.load_state_dict(_without_prefix(loaded["model"]["vision"], "vision."))
         load_optimizer(self.optimizer, loaded["optimizer"], card["step"])
-        self.scheduler.load_state_dict(loaded["scheduler"])
+        self._load_scheduler(loaded["scheduler"])
         if same_layout:
             set_rng_state(loaded["random"])
         return card
+
+    def _load_scheduler(self, state: dict[str, Any]) -> None:
+        self.scheduler.load_state_dict(state)
+        was, now = state["lr_decay_steps"], self.scheduler.lr_decay_steps
+        if was != now and dist.get_rank() == 0:
+            log.info(
+                "the learning rate decays over %d steps, no longer over %d, and is %.3g now; optim.decay_steps=%d "
+                "keeps the earlier schedule", now, was, self.optimizer.param_groups[0]["lr"], was,
+            )
 
     def _prepare(self, aside: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -203,38 +224,39 @@ class CheckpointManager:
             file.flush()
             os.fsync(file.fileno())
         if target.exists():  # the same step, saved again by a run that went back
-            shutil.rmtree(target)
+            _discard(target)
         os.rename(aside, target)
         _sync_folder(self.folder)
         if self.config.keep_last:
             for old in list_checkpoints(self.folder)[: -self.config.keep_last]:
-                shutil.rmtree(old)
+                _discard(old)
 
     def _on_first_rank(self, action: Callable[[], None], target: Path) -> None:
         """Run on rank 0 and let every rank fail if it fails."""
-        failed = torch.zeros(1, dtype=torch.int32, device=current_device())
-        error: OSError | None = None
+        reason: list[str | None] = [None]
         if dist.get_rank() == 0:
             try:
                 action()
-            except OSError as caught:
-                error = caught
-                failed += 1
-        dist.all_reduce(failed)
-        if failed.item():
-            raise self._failure(target, error or OSError("rank 0 could not write"))
+            except OSError as error:
+                reason = [reason_of(error)]
+        dist.broadcast_object_list(reason)
+        if reason[0]:
+            raise self._failure(target, OSError(reason[0]))
 
     def _finish_writing(self, wait: bool) -> None:
         try:
             self._writer.finish(wait)
-        except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
+        except _WRITE_ERRORS as error:
             raise self._failure(self._target, error) from error
 
     def _failure(self, target: Path, error: BaseException) -> UserError:
+        """What to tell the user of a save that failed; what it wrote is removed, to give back its space."""
+        if dist.get_rank() == 0:
+            shutil.rmtree(target.with_name(target.name + _UNFINISHED), ignore_errors=True)
         kept = list_checkpoints(self.folder)
         intact = f"earlier checkpoints are intact, the last is {kept[-1].name}" if kept else "there is none before it"
         return UserError(
-            f"{target}: cannot be written ({_short(error)}); free space there or set run.dir to another disk, "
+            f"{target}: cannot be written ({reason_of(error)}); free space there or set run.dir to another disk, "
             f"then run again; {intact}"
         )
 
@@ -243,11 +265,13 @@ def _without_prefix(weights: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in weights.items()}
 
 
-def _short(error: BaseException) -> str:
-    """The innermost cause, on one line."""
-    text = str(error.__cause__ or error) or type(error).__name__
-    found = re.search(r"\[Errno \d+\][^'\"\n)]*", str(error) + text)
-    return found.group(0) if found else text.strip().splitlines()[-1][:300]
+def _discard(checkpoint: Path) -> None:
+    """Remove a checkpoint. Under its name it is there whole or not at all, should this be interrupted."""
+    aside = checkpoint.with_name(checkpoint.name + _UNFINISHED)
+    if aside.exists():
+        shutil.rmtree(aside)
+    os.rename(checkpoint, aside)
+    shutil.rmtree(aside)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -24,13 +24,9 @@ class BackgroundWriter:
     def __init__(self) -> None:
         self._request: AsyncRequest | None = None
         self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
         # In the place of a queue in a process of its own, which nobody needs where a thread writes.
         filesystem_async._results_queue = queue.Queue()
-
-    @property
-    def is_open(self) -> bool:
-        """Whether a save is not finished yet."""
-        return self._request is not None
 
     def start(self, request: AsyncRequest) -> None:
         """Copy what has to be written, and start writing it."""
@@ -39,7 +35,7 @@ class BackgroundWriter:
         if request.async_fn is not None:  # else this rank has nothing to write
             transforms = request.async_fn.args[0]  # type: ignore[attr-defined]
             buckets = _staged(request)
-            self._thread = threading.Thread(target=_write, args=(transforms, buckets, request.async_fn_args[2]))
+            self._thread = threading.Thread(target=self._write, args=(transforms, buckets, request.async_fn_args[2]))
             self._thread.start()
 
     def finish(self, wait: bool) -> None:
@@ -49,21 +45,44 @@ class BackgroundWriter:
             wait: wait for that; else return at once if some rank is still writing.
 
         Raises:
-            CheckpointingException or OSError: some rank could not write.
+            OSError: some rank could not write; with that rank's reason, on every rank.
+            CheckpointingException: what all ranks wrote does not make a checkpoint.
         """
         if self._request is None:
             return
         if wait and self._thread is not None:
             self._thread.join()
-        writing = torch.tensor(
-            int(self._thread is not None and self._thread.is_alive()), device=current_device(), dtype=torch.int32
-        )
-        dist.all_reduce(writing)
-        if writing.item():
+        is_writing = self._thread is not None and self._thread.is_alive()
+        state = torch.tensor([is_writing, self._error is not None], device=current_device(), dtype=torch.int32)
+        dist.all_reduce(state)
+        num_writing, num_failed = state.tolist()
+        if num_writing:
             return
         request, self._request, self._thread = self._request, None, None
+        if num_failed:
+            reasons: list[str | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(reasons, None if self._error is None else reason_of(self._error))
+            raise OSError(next(reason for reason in reasons if reason))
         for finalize in request.finalize_fns:
             finalize()
+
+    def _write(self, transforms: list[Any], buckets: list[Any], results: "queue.Queue[Any]") -> None:
+        try:
+            results.put({index: _write_bucket(transforms, index, bucket) for index, bucket in enumerate(buckets)})
+        except Exception as error:  # raised on every rank by `finish`
+            self._error = error
+
+
+def reason_of(error: BaseException) -> str:
+    """On one line, what the system said if it said something, else what the innermost error says."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    system = next((e for e in chain if isinstance(e, OSError)), None)
+    if system is not None:
+        return system.strerror or str(system)
+    lines = str(chain[-1]).strip().splitlines()
+    return (lines[-1] if lines else type(chain[-1]).__name__)[:200]
 
 
 def _staged(request: AsyncRequest) -> list[Any]:
@@ -74,13 +93,6 @@ def _staged(request: AsyncRequest) -> list[Any]:
         (path, key, (chunks, [(item, tensor if owned else tensor.clone()) for item, tensor in tensors]))
         for path, key, (chunks, tensors) in buckets
     ]
-
-
-def _write(transforms: list[Any], buckets: list[Any], results: "queue.Queue[Any]") -> None:
-    try:
-        results.put({index: _write_bucket(transforms, index, bucket) for index, bucket in enumerate(buckets)})
-    except Exception as error:  # raised on every rank by `finish`
-        results.put(error)
 
 
 def _write_bucket(transforms: list[Any], index: int, bucket: Any) -> Any:

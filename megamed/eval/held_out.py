@@ -1,9 +1,13 @@
 """Asks a model about data that it was never shown, and says whether the answers are right."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megamed.data import QUESTIONS, FrameRef, HeldOutItem, TextTokenizer
@@ -74,6 +78,53 @@ def ask_held_out(
         Answer(item, text, bool(judged(item, text)), blank_text, judged(item, blank_text))
         for item, text, blank_text in zip(items, seen, blank, strict=True)
     ]
+
+
+class HeldOutEvaluation:
+    """A callback that asks the held-out questions during and after training.
+
+    Rank 0 appends one JSON object an evaluation to a file, and prints the table after the last one.
+
+    Args:
+        ask: asks all questions; collective.
+        path: the JSON lines file.
+        every_steps: steps between evaluations; 0 asks at the end alone.
+    """
+
+    def __init__(self, ask: Callable[[], list[Answer]], path: Path, every_steps: int):
+        self.ask, self.path, self.every_steps = ask, path, every_steps
+        self.step = 0
+
+    def start(self, step: int) -> None:
+        self.step = step
+
+    def after_step(self, event: Any) -> None:
+        self.step = event.step
+        if self.every_steps and event.step % self.every_steps == 0:
+            self._evaluate()
+
+    def end(self) -> None:
+        answers = self._evaluate()
+        if dist.get_rank() == 0 and answers:
+            print(table(answers), flush=True)
+
+    def _evaluate(self) -> list[Answer]:
+        answers = self.ask()
+        if dist.get_rank() == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": self.step, **summary(answers)}) + "\n")
+        return answers
+
+
+def summary(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Right answers, asked, and right with blank frames, in all and by question."""
+
+    def count(group: Sequence[Answer]) -> dict[str, int | None]:
+        blank = [a.blank_right for a in group if a.blank_right is not None]
+        return {"right": sum(a.right for a in group), "asked": len(group), "blank": sum(blank) if blank else None}
+
+    names = dict.fromkeys(a.item.qa.name for a in answers)
+    return {**count(answers), "questions": {n: count([a for a in answers if a.item.qa.name == n]) for n in names}}
 
 
 def table(answers: Sequence[Answer], num_examples: int = 1) -> str:

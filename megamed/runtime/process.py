@@ -130,9 +130,10 @@ def _let_others_speak(error: BaseException) -> None:
     """Wait, where another rank has the cause of this error or the same error, until torchrun ends this one."""
     if world_size() == 1:
         return
-    if _is_consequence(error):
+    is_rank_0s = isinstance(error, UserError) and error.everywhere and global_rank() > 0
+    if is_rank_0s or _is_consequence(error):
         time.sleep(_CONSEQUENCE_DELAY_S)
-    elif global_rank() > 0:
+    elif global_rank() > 0:  # perhaps the same as rank 0's
         time.sleep(_SAME_ERROR_DELAY_S)
 
 

@@ -48,9 +48,12 @@ class WandbConfig:
 
 @dataclass
 class EvalConfig:
-    """Questions about held-out data, at the end of the run."""
+    """Questions about held-out data."""
 
     held_out: bool = True
+    """Ask at the end of the run."""
+    every_steps: int = 0
+    """Also ask after every so many steps; 0 does not."""
     max_new_tokens: int = 16
     blank_control: bool = True
     """Ask again with blank frames: what the model still gets right, it has from memory."""

@@ -38,7 +38,7 @@ class StepReport:
     loss_by_kind: dict[str, float]
     """Mean for each kind of labelled token."""
     grad_norm: float | None
-    """Norm of the whole model's gradient before clipping; None in evaluation."""
+    """Norm of the whole model's gradient before clipping; None before an optimizer has looked at it."""
     num_tokens: int
     """Tokens of the global batch, without padding."""
     num_labels: int
@@ -51,7 +51,7 @@ class StepReport:
 
 
 class Stepper:
-    """Runs training and evaluation steps of a placed model.
+    """Runs training steps of a placed model.
 
     Args:
         model: this rank's parts.
@@ -77,7 +77,7 @@ class Stepper:
         """
         for part in self.model.parts:
             part.zero_grad_buffer()
-        report = self._phases(microbatches, load, train=True)
+        report = self._phases(microbatches, load)
         self.phase.backward(scale=1.0 / self.mesh.data_size)
         self.model.vision.finish_grad_sync()
         return report
@@ -99,19 +99,9 @@ class Stepper:
         optimizer.step_with_ready_grads()
         return replace(report, grad_norm=norm)
 
-    @torch.no_grad()
-    def evaluate(self, microbatches: Sequence[Microbatch], load: LoadFrames) -> StepReport:
-        """The loss alone. Arguments as in `gradients`."""
-        for part in self.model.parts:
-            part.eval()
-        report = self._phases(microbatches, load, train=False)
-        for part in self.model.parts:
-            part.train()
-        return report
-
-    def _phases(self, microbatches: Sequence[Microbatch], load: LoadFrames, train: bool) -> StepReport:
+    def _phases(self, microbatches: Sequence[Microbatch], load: LoadFrames) -> StepReport:
         microbatches = trim_padding(microbatches, self.mesh)
-        rows = self.phase.forward(microbatches, load, keep_graph=train)
+        rows = self.phase.forward(microbatches, load)
         counts = self._counts(microbatches)
         inputs = self.phase.language_inputs(microbatches, rows)
         # Megatron divides by the number of microbatches and by the data-parallel size; see the module's text.
@@ -120,9 +110,9 @@ class Stepper:
         scale = len(inputs) * self.mesh.data_size / (total_weight or 1.0)
         weights = torch.tensor([self.weights[kind] for kind in LOSS_KINDS], device=current_device())
         finish = partial(_loss, weights=weights * scale)
-        parts = run_schedule(self.model.language, inputs, finish, with_labels=True, train=train)
+        parts = run_schedule(self.model.language, inputs, finish, with_labels=True, train=True)
         sums = self._sum_over_replicas(parts)
-        return self._report(sums, labels, counts, self._moe_losses(len(inputs)) if train else {})
+        return self._report(sums, labels, counts, self._moe_losses(len(inputs)))
 
     def _counts(self, microbatches: Sequence[Microbatch]) -> dict[str, Any]:
         """Sizes of the global batch. Every replica counts its own; one rank of each speaks for it."""
