@@ -6,6 +6,8 @@
 """
 
 import argparse
+import signal
+from functools import partial
 from pathlib import Path
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -17,13 +19,15 @@ def parse() -> argparse.Namespace:
         description="Pretrain a vision-language model; see conf/ for groups and keys.",
         epilog="examples: +exp=fmri   +exp=fmri data.path=RUN.nii train.steps=500   +exp=fmri parallel.tensor=2",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides; +exp=NAME takes an experiment")
+    help = "Hydra overrides; +exp=NAME takes an experiment"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=help)
     parser.add_argument("--cfg", action="store_true", help="print the composed configuration and stop")
-    return parser.parse_args()
+    args, unknown = parser.parse_known_args()
+    args.overrides += unknown  # where a misspelt option gets a better message
+    return args
 
 
-def main() -> None:
-    args = parse()
+def main(args: argparse.Namespace) -> None:
     from megamed import checkpoint, data, eval, runtime, train
     from megamed.config import compose, load, to_yaml
     from megamed.train import run
@@ -35,59 +39,56 @@ def main() -> None:
         print(to_yaml(config), end="")
         return
     config.validate(runtime.world_size())
+    data.validate(config.data)
     tokenizer = data.load_tokenizer(config.data.tokenizer)
-    run.check_vocabulary(config, tokenizer.vocab_size)
+    run.check_values(config, tokenizer)
     fmri = data.read_run(config.data.path)
+    run.say_start()
 
     runtime.start()
     mesh = runtime.build_mesh(config.parallel)
     runtime.seed_everything(config.train.seed, mesh.data_rank)
     folder, resume_from = run.choose_run(config.run)
     job = train.build_job(config, mesh)
-    source = data.FmriSource(
-        fmri, config.data, tokenizer, config.model.vision.image_size, job.model.vision.module.tokens_per_frame
-    )
-    manager = checkpoint.CheckpointManager(
-        folder / "checkpoints",
-        config.checkpoint,
-        job.model,
-        job.optimizer,
-        job.scheduler,
-        mesh,
-        run.describe(config, mesh),
-    )
+    tokens_per_frame = job.model.vision.module.tokens_per_frame
+    source = data.FmriSource(fmri, config.data, tokenizer, config.model.vision.image_size, tokens_per_frame)
+    facts = run.describe(config, mesh)
+    saved = (config.checkpoint, job.model, job.optimizer, job.scheduler)
+    manager = checkpoint.CheckpointManager(folder / "checkpoints", *saved, mesh, facts)
     start_step = manager.load(resume_from)["step"] if resume_from else 0
-    run.write_config(config, folder)
-    if runtime.global_rank() == 0:
-        tokenizer.save(folder / "tokenizer")
-    peak = train.matmul_peak(job.dtype)
-    callbacks = [
-        train.Progress(config.train.steps),
-        train.Metrics(folder / "metrics.jsonl", peak),
-        train.Wandb(config.wandb, folder, config.run.name, run.describe(config, mesh), peak),
-        train.Checkpoints(manager, config.checkpoint.every_steps, config.train.steps),
-    ]
-    train.fit(job, source, callbacks, start_step)
-    if config.eval.held_out:
-        answers = eval.ask_held_out(
-            job.model,
-            job.phase,
-            mesh,
-            source.held_out(),
-            source.load_frames,
-            tokenizer,
-            config.data.seq_length,
-            config.model.language.vocab_size,
-            config.eval.max_new_tokens,
-            config.eval.blank_control,
-        )
-        if runtime.global_rank() == 0:
-            print(eval.table(answers))
-    if runtime.global_rank() == 0:
-        run.say_where(folder)
+    ask = partial(
+        eval.ask_held_out, job.model, job.phase, mesh, source.held_out(), source.load_frames, tokenizer,
+        config.data.seq_length, config.model.language.vocab_size, config.eval.max_new_tokens, config.eval.blank_control,
+    )
+    evaluation = eval.HeldOutEvaluation(ask, folder / "held_out.jsonl", config.eval.every_steps)
+    if start_step < config.train.steps:
+        run.write_settings(config, tokenizer, folder, start_step)
+        peak = train.matmul_peak(job.dtype)
+        progress = train.Progress(config.train.steps)
+        callbacks: list[train.Callback] = [
+            progress,
+            train.Metrics(folder / "metrics.jsonl", peak),
+            train.Wandb(config.wandb, folder, config.run.name, facts, peak),
+            train.Checkpoints(manager, config.checkpoint.every_steps, config.train.steps),
+        ]
+        if config.eval.held_out:
+            callbacks.append(evaluation)
+        try:
+            train.fit(job, source, callbacks, start_step)
+        finally:
+            progress.close()
+    else:
+        run.say_complete(start_step, folder)
+        if config.eval.held_out:
+            evaluation.start(start_step)
+            evaluation.end()
+    run.say_where(folder)
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback on Ctrl-C during the imports
+    args = parse()  # before the imports, which take seconds
     from megamed.runtime.process import run as run_process
 
-    run_process(main)
+    run_process(partial(main, args))

@@ -12,4 +12,4 @@ class CheckpointConfig:
     keep_last: int = 2
     """Complete checkpoints to keep; 0 keeps all."""
     asynchronous: bool = True
-    """Write in a process beside the training; the next save waits for it."""
+    """Write in a thread beside the training; the next save waits for it."""

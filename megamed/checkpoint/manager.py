@@ -86,7 +86,7 @@ class CheckpointManager:
         config: the settings.
         model, optimizer, scheduler: what is saved.
         mesh: the layout.
-        describe: facts for the card (model, layout, versions), JSON-serialisable.
+        describe: facts for the card (model, layout, optimizer, versions), JSON-serialisable.
     """
 
     def __init__(
@@ -172,6 +172,7 @@ class CheckpointManager:
             UserError: it is of another model, or damaged.
         """
         card = read_card(checkpoint)
+        self._check_optimizer(checkpoint, card)
         differing = [k for k, v in self.describe["model"].items() if card["model"].get(k) != v]
         if differing:
             key = differing[0]
@@ -191,6 +192,8 @@ class CheckpointManager:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # of types that torch itself uses here
+                # It logs the traceback of what it raises.
+                logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
                 loaded = dist_checkpointing.load(state, str(checkpoint))
         except (Exception, CheckpointException) as error:  # damaged files raise whatever their bytes lead to
             raise UserError(f"{checkpoint}: cannot be loaded ({reason_of(error)}); {_MEND_DAMAGED}") from error
@@ -202,6 +205,19 @@ class CheckpointManager:
         if same_layout:
             set_rng_state(loaded["random"])
         return card
+
+    def _check_optimizer(self, checkpoint: Path, card: dict[str, Any]) -> None:
+        """The distributed optimizer's state fits any type of weights, the other kind's its own alone."""
+        was, now = card.get("optimizer", {}), self.describe.get("optimizer", {})
+        keys = ["optim.distributed"] if now.get("optim.distributed") else ["optim.distributed", "train.dtype"]
+        for key in keys:
+            if was.get(key) != now.get(key):
+                value = str(was.get(key)).lower()
+                raise UserError(
+                    f"{checkpoint}: its optimizer state is of {key}={value}; set {key}={value}, or start a new run "
+                    "with run.name=NAME",
+                    everywhere=True,
+                )
 
     def _load_scheduler(self, state: dict[str, Any]) -> None:
         self.scheduler.load_state_dict(state)

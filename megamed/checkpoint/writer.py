@@ -82,7 +82,7 @@ def reason_of(error: BaseException) -> str:
     if system is not None:
         return system.strerror or str(system)
     lines = str(chain[-1]).strip().splitlines()
-    return (lines[-1] if lines else type(chain[-1]).__name__)[:200]
+    return (lines[-1] if lines else type(chain[-1]).__name__).partition(". ")[0][:200]
 
 
 def _staged(request: AsyncRequest) -> list[Any]:

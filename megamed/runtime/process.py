@@ -109,21 +109,29 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 def _end_interrupted(signal_number: int, frame: Any) -> None:
     """End on Ctrl-C, here and now: an exception might be caught, or wait for other ranks, on its way up."""
     if global_rank() == 0:
-        os.write(2, b"\nmegamed: interrupted; what was saved stays, and the same command goes on from it\n")
+        os.write(2, b"\nmegamed: interrupted; run the same command again to go on from the last checkpoint\n")
     os._exit(EXIT_INTERRUPTED)
 
 
 def _report_user_error(error: UserError) -> None:
     _let_others_speak(error)
-    rank = global_rank()
     _tell_torchrun(str(error))
-    print(f"megamed: error{f' [rank {rank}]' if rank else ''}: {error}", file=sys.stderr, flush=True)
+    _say(f"error{_who()}: {error}")
 
 
 def _report_defect(error: BaseException) -> None:
     _let_others_speak(error)
     _tell_torchrun(f"{type(error).__name__}: {_first_line(error)}")
-    print(f"megamed: rank {global_rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    _say(f"failed{_who()}:\n{traceback.format_exc()}")
+
+
+def _who() -> str:
+    return f" [rank {global_rank()}]" if global_rank() else ""
+
+
+def _say(text: str) -> None:
+    line_break = "\n" if global_rank() else ""  # off the line of rank 0's progress bar
+    print(f"{line_break}megamed: {text}", file=sys.stderr, flush=True)
 
 
 def _let_others_speak(error: BaseException) -> None:

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ class Progress:
 
     def start(self, step: int) -> None:
         stream = sys.stderr  # None where whoever started the program had closed it
+        tqdm.set_lock(threading.RLock())  # its own is shared between processes, and starts one that watches it
         self.bar = tqdm(
             total=self.total_steps,
             initial=step,

@@ -54,7 +54,7 @@ class EvalConfig:
     """Ask at the end of the run."""
     every_steps: int = 0
     """Also ask after every so many steps; 0 does not."""
-    max_new_tokens: int = 16
+    max_new_tokens: int = 24
     blank_control: bool = True
     """Ask again with blank frames: what the model still gets right, it has from memory."""
 

@@ -1,8 +1,9 @@
 """The folder of a run, and whether it goes on from a checkpoint."""
 
 import json
+import logging
+import os
 import select
-import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -15,11 +16,56 @@ import torch.distributed as dist
 from megamed import __version__
 from megamed.checkpoint import list_checkpoints, read_card
 from megamed.config import to_yaml
-from megamed.runtime import Mesh
+from megamed.data import TextTokenizer
+from megamed.runtime import Mesh, default_dtype
 from megamed.train.config import JobConfig, RunConfig
 from megamed.utils import UserError
+from megamed.utils.optional import apex_notice
+
+log = logging.getLogger(__name__)
 
 _ANSWER_SECONDS = 300
+
+
+def check_values(config: JobConfig, tokenizer: TextTokenizer) -> None:
+    """Check the values that `JobConfig.validate` leaves open.
+
+    Raises:
+        UserError: names the key, the value and the range; or the tokenizer has more tokens than the model.
+    """
+    train, optim, keep, name = config.train, config.optim, config.checkpoint, config.run.name
+    warmup_steps = min(optim.warmup_steps, train.steps - 1)
+    rules = (
+        ("train.microbatches", train.microbatches, train.microbatches >= 1, "at least 1"),
+        ("train.seed", train.seed, 0 <= train.seed < 2**31, "from 0 to 2147483647"),
+        ("optim.lr", optim.lr, optim.lr > 0, "above 0"),
+        ("optim.min_lr", optim.min_lr, 0 <= optim.min_lr <= optim.lr, f"from 0 to optim.lr = {optim.lr:g}"),
+        ("optim.warmup_steps", optim.warmup_steps, optim.warmup_steps >= 0, "0 or more"),
+        ("optim.decay_steps", optim.decay_steps, optim.decay_steps is None or optim.decay_steps > warmup_steps,
+         f"above the {warmup_steps} steps of warm-up"),
+        ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "0 or more"),
+        ("optim.beta1", optim.beta1, 0 <= optim.beta1 < 1, "from 0 to below 1"),
+        ("optim.beta2", optim.beta2, 0 <= optim.beta2 < 1, "from 0 to below 1"),
+        ("optim.eps", optim.eps, optim.eps > 0, "above 0"),
+        ("optim.clip_grad", optim.clip_grad, optim.clip_grad >= 0, "0 or more"),
+        ("checkpoint.every_steps", keep.every_steps, keep.every_steps >= 0, "0 or more"),
+        ("checkpoint.keep_last", keep.keep_last, keep.keep_last >= 0, "0 or more"),
+        ("eval.every_steps", config.eval.every_steps, config.eval.every_steps >= 0, "0 or more"),
+        ("eval.max_new_tokens", config.eval.max_new_tokens, config.eval.max_new_tokens >= 1, "at least 1"),
+        ("model.frames_per_pass", config.model.frames_per_pass, config.model.frames_per_pass >= 1, "at least 1"),
+        ("run.dir", config.run.dir, bool(config.run.dir), "a folder"),
+        ("run.name", name, Path(name).name == name and name not in ("", ".."), "the name of one folder"),
+    )
+    for key, value, holds, wanted in rules:
+        if not holds:
+            raise UserError(f"{key}={value!r} has to be {wanted}", everywhere=True)
+    num_rows = config.model.language.vocab_size
+    if tokenizer.vocab_size > num_rows:
+        raise UserError(
+            f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, the model {num_rows}; set "
+            f"model.language.vocab_size={tokenizer.vocab_size}",
+            everywhere=True,
+        )
 
 
 def choose_run(config: RunConfig) -> tuple[Path, Path | None]:
@@ -29,14 +75,17 @@ def choose_run(config: RunConfig) -> tuple[Path, Path | None]:
     a number, so that nothing is overwritten.
 
     Raises:
-        UserError: the folder cannot be made.
+        UserError: the folder cannot be made, or a checkpoint does not say what it is.
     """
     choice: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
             choice = [_choose(config)]
+        except UserError as error:
+            choice = [error]
         except OSError as error:
-            choice = [UserError(f"{Path(config.dir) / config.name}: cannot be made ({error}); set run.dir", everywhere=True)]
+            folder = Path(config.dir) / config.name
+            choice = [UserError(f"{folder}: cannot be made ({error.strerror}); set run.dir to a folder that can")]
     dist.broadcast_object_list(choice)
     if isinstance(choice[0], UserError):
         raise choice[0]
@@ -47,37 +96,62 @@ def _choose(config: RunConfig) -> tuple[Path, Path | None]:
     folder = Path(config.dir) / config.name
     found = list_checkpoints(folder / "checkpoints")
     if found and (config.resume == "yes" or (config.resume == "ask" and _wants_to_go_on(found[-1]))):
-        print(f"going on from {found[-1]} (run.resume=no starts anew)", flush=True)
+        log.info("going on from %s (run.resume=no starts anew)", found[-1])
         return folder, found[-1]
     number = 2
-    while (folder / "config.yaml").exists() and (found or config.resume == "no"):
+    while found or (config.resume == "no" and (folder / "config.yaml").exists()):
         folder = Path(config.dir) / f"{config.name}-{number}"
         found = list_checkpoints(folder / "checkpoints")
         number += 1
     folder.mkdir(parents=True, exist_ok=True)
+    if number > 2:
+        log.info("starting anew in %s (run.name=%s goes on with it later)", folder, folder.name)
     return folder, None
 
 
 def _wants_to_go_on(checkpoint: Path) -> bool:
     step = read_card(checkpoint)["step"]
-    if not (sys.stdin and sys.stdin.isatty()):
+    if not _can_ask():
         return True
-    print(f"{checkpoint} is from step {step}. Go on from it? [Y/n] ", end="", flush=True)
-    ready, _, _ = select.select([sys.stdin], [], [], _ANSWER_SECONDS)
-    if not ready:
-        print(f"\nno answer in {_ANSWER_SECONDS} s", flush=True)
+    print(f"{checkpoint} is from step {step}. Go on from it? [Y/n] ", end="", file=sys.stderr, flush=True)
+    if not select.select([sys.stdin], [], [], _ANSWER_SECONDS)[0]:
+        print(f"\nno answer in {_ANSWER_SECONDS} s", file=sys.stderr, flush=True)
         return True
-    return sys.stdin.readline().strip().lower() not in ("n", "no")
+    answer = sys.stdin.readline()
+    if not answer:  # end of input leaves the cursor behind the question
+        print(file=sys.stderr, flush=True)
+    return not answer.strip().lower().startswith("n")
+
+
+def _can_ask() -> bool:
+    """Whether someone sees a question and can answer it: a terminal, and the job in its foreground.
+
+    torchrun's workers have its terminal as their standard input, but are in sessions of their own, so that the
+    system neither stops them in the background nor keeps them from taking what is typed there for the shell.
+    """
+    if not (sys.stdin and sys.stdin.isatty() and sys.stderr and sys.stderr.isatty()):
+        return False
+    started = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+    try:
+        fields = Path(f"/proc/{started}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # no Linux
+        return True
+    group, foreground_group = fields[2], fields[5]  # proc(5): pgrp, tpgid
+    return group == foreground_group
 
 
 def describe(config: JobConfig, mesh: Mesh) -> dict[str, Any]:
-    """What a checkpoint's card says of the run: model, layout, versions. No path, no name."""
+    """What a checkpoint's card says of the run: model, layout, optimizer, versions. No path, no name."""
     layout = asdict(config.parallel)
     layout["data"] = mesh.data_size
+    dtype = config.train.dtype
+    if dtype == "auto":
+        dtype = "bf16" if default_dtype() == torch.bfloat16 else "fp32"
     return {
         "format": 1,
         "model": _flat(asdict(config.model)),
         "layout": layout,
+        "optimizer": {"optim.distributed": config.optim.distributed, "train.dtype": dtype},
         "versions": versions(),
     }
 
@@ -92,15 +166,28 @@ def versions() -> dict[str, str]:
     }
 
 
-def write_config(config: JobConfig, folder: Path) -> None:
-    """Keep the composed configuration in the run's folder; rank 0 alone."""
-    if dist.get_rank() == 0:
-        try:
-            (folder / "config.yaml").write_text(to_yaml(config))
-            (folder / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
-        except OSError as error:
-            free = shutil.disk_usage(folder).free
-            raise UserError(f"{folder}: cannot be written ({error}; {free} bytes free); set run.dir") from error
+def write_settings(config: JobConfig, tokenizer: TextTokenizer, folder: Path, start_step: int) -> None:
+    """Keep configuration, versions and tokenizer in the run's folder; rank 0 alone.
+
+    A configuration that differs from the one of the steps before stays, under the number of the last of them.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    if dist.get_rank():
+        return
+    path, text = folder / "config.yaml", to_yaml(config)
+    earlier = folder / f"config.until_step_{start_step:08d}.yaml"
+    try:
+        if start_step and path.exists() and path.read_text() != text and not earlier.exists():
+            path.replace(earlier)
+        path.write_text(text)
+        (folder / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
+        tokenizer.save(folder / "tokenizer")
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}); free space there or set run.dir to another disk"
+        ) from error
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -114,22 +201,24 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_vocabulary(config: JobConfig, vocab_size: int) -> None:
-    """Check that the model has a row for every token.
+def say_start() -> None:
+    """Log what a user should know of the environment."""
+    if notice := apex_notice():
+        log.info(notice)
 
-    Raises:
-        UserError: the tokenizer has more tokens than the model.
-    """
-    if vocab_size > config.model.language.vocab_size:
-        raise UserError(
-            f"the tokenizer {config.data.tokenizer} has {vocab_size} tokens, the model "
-            f"{config.model.language.vocab_size}; set model.language.vocab_size={vocab_size}",
-            everywhere=True,
-        )
+
+def say_complete(start_step: int, folder: Path) -> None:
+    """Say that a run has all its steps, and how it gets more."""
+    log.info(
+        "%s is complete: it has taken %d steps; to train on, set train.steps to more of them, for instance "
+        "train.steps=%d", folder, start_step, 2 * start_step,
+    )
 
 
 def say_where(folder: Path) -> None:
-    """Print where everything of a run is."""
+    """Print where everything of a run is; rank 0 alone."""
+    if dist.get_rank():
+        return
     kept = list_checkpoints(folder / "checkpoints")
     print(f"\nmetrics      {folder / 'metrics.jsonl'}")
     print(f"config       {folder / 'config.yaml'}")

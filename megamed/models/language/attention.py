@@ -28,7 +28,7 @@ def rotary_table(packing: PackedSeqParams, like_TXD: Tensor, base: float) -> tup
     if "rotary_table" not in known:
         bounds, device = packing.cu_seqlens_q, like_TXD.device
         num_tokens, _, head_dim = like_TXD.shape
-        index_T = torch.arange(num_tokens, device=device)
+        index_T = torch.arange(num_tokens, dtype=bounds.dtype, device=device)
         # Without a wait for the GPU: the bounds' values are not looked at on the host.
         document_T = torch.searchsorted(bounds[1:], index_T, right=True)
         position_T = (index_T - bounds[document_T]).float()

@@ -29,14 +29,18 @@ def build_language_chunks(
         parallel: the layout; decides how many layers this rank builds.
         groups: Megatron's process groups.
         dtype: parameter and activation type.
-        use_transformer_engine: None takes it where it is present.
+        use_transformer_engine: None takes it where it is present, but for fp32, which its attention has no
+            kernel for.
 
     Raises:
         UserError: the model does not divide by the layout.
     """
     config.validate(parallel)
-    transformer = config.to_mcore(parallel, dtype)
-    te = has_transformer_engine() if use_transformer_engine is None else use_transformer_engine
+    te = use_transformer_engine
+    if te is None:
+        te = has_transformer_engine() and dtype != torch.float32
+    # Unfused, Megatron's RoPE waits for the GPU in every layer, to read the documents' bounds.
+    transformer = config.to_mcore(parallel, dtype, apply_rope_fusion=te)
     return [_chunk(config, transformer, groups, te, stage, parallel) for stage in range(parallel.virtual_pipeline)]
 
 
