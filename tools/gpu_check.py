@@ -39,7 +39,8 @@ def same(reference: list[float], found: list[float]) -> tuple[bool, str]:
         return False, f"{len(reference)} steps against {len(found)}"
     differences = [abs(b / a - 1) for a, b in zip(reference, found, strict=True)]
     listed = ", ".join(f"{d:.1e}" for d in differences)
-    return max(differences) <= TOLERANCE, f"relative differences of the loss {listed}; allowed {TOLERANCE:.0e}"
+    close = all(d <= TOLERANCE for d in differences)  # false for NaN
+    return close, f"relative differences of the loss {listed}; allowed {TOLERANCE:.0e}"
 
 
 def falls(found: list[float]) -> tuple[bool, str]:

@@ -85,8 +85,14 @@ run() { # log, command...
     timeout "$limit" "$@" >"$log" 2>&1
 }
 
-why() { # log: its last line that says something
-    if [ -n "$dry_run" ]; then echo "not run"; else grep -v '^[[:space:]]*$' "$out/$1.log" | tail -n 1 | cut -c1-160; fi
+has() { # modules...: whether all of them are installed
+    "$python" -c 'import sys, importlib.util as u; sys.exit(None in map(u.find_spec, sys.argv[1:]))' "$@" 2>/dev/null
+}
+
+why() { # log: megamed's own word on the failure, else the last exception, else the last line
+    if [ -n "$dry_run" ]; then echo "dry run"; return; fi
+    { grep -m 1 -E '^megamed: error' "$out/$1.log" || grep -E '^[A-Za-z_.]+(Error|Exception)\b' "$out/$1.log" |
+        tail -n 1 | grep . || grep -v '^[[:space:]]*$' "$out/$1.log" | tail -n 1; } | cut -c1-200
 }
 
 train() { # name, processes, key=value...
@@ -111,19 +117,21 @@ judge() { # step, question, runs...: PASS or FAIL by the metrics of finished run
 
 # ---- install
 mkdir -p "$site"
-if "$python" -c 'import megatron.core, transformers, hydra, nibabel, pydicom, wandb, pytest' 2>/dev/null; then
+if has megatron.core transformers tokenizers safetensors hydra nibabel pydicom wandb psutil pytest; then
     record install SKIPPED "what megamed requires is installed"
 elif [ ! -f "$wheelhouse/constraints.txt" ]; then
     record install FAIL "no $wheelhouse/: make it with 'make wheelhouse' where there is a network, and copy it here"
 else
-    # torch and what compiles against it stay the machine's own.
+    # torch and what compiles against it stay the machine's own. setuptools comes first, because one package
+    # of the wheelhouse is source.
     grep -Ev '^(torch|flash-attn|ring-flash-attn|transformer-engine|nvidia-dali)' "$wheelhouse/constraints.txt" \
         >"$out/requirements.txt"
-    if run install "$python" -m pip install --no-index --find-links "$wheelhouse" --no-deps --upgrade \
-        --target "$site" -r "$out/requirements.txt"; then
+    pip=("$python" -m pip install --no-index --find-links "$wheelhouse" --no-deps --upgrade --target "$site")
+    if run setuptools "${pip[@]}" -c "$out/requirements.txt" setuptools &&
+        run install "${pip[@]}" --no-build-isolation --use-pep517 -r "$out/requirements.txt"; then
         record install PASS "$(grep -c . "$out/requirements.txt") packages in $site"
     else
-        record install FAIL "$(why install)"
+        record install FAIL "see $out/setuptools.log and $out/install.log"
     fi
 fi
 
@@ -158,7 +166,7 @@ bench() { # step, arguments...
     shift
     if run "$step" "$python" tools/bench/train_step.py "$@"; then
         record "$step" $([ -n "$dry_run" ] && echo SKIPPED || echo PASS) \
-            "$(if [ -n "$dry_run" ]; then echo "dry run"; else summary "$step"; fi)"
+            "$([ -n "$dry_run" ] && echo "dry run" || summary "$step")"
     else
         record "$step" FAIL "$(why "$step")"
     fi
@@ -176,7 +184,7 @@ if [ -n "$rehearsal" ]; then
 fi
 bench bench --repetitions "$repetitions"
 bench slice "${slice[@]}" --no-transformer-engine
-if [ -z "$dry_run" ] && ! "$python" -c 'import transformer_engine' 2>/dev/null; then
+if [ -z "$dry_run" ] && ! has transformer_engine; then
     record slice-te SKIPPED "Transformer Engine is not installed"
 else
     bench slice-te "${slice[@]}"

@@ -4,14 +4,16 @@ A checkpoint is a folder `step_00000100`. While it is written it has another nam
 it exist. `megamed.json` in it says what it is, in text.
 """
 
+import contextlib
 import inspect
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -190,10 +192,7 @@ class CheckpointManager:
         if same_layout:
             state["random"] = random_state()
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # of types that torch itself uses here
-                # It logs the traceback of what it raises.
-                logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
+            with _quiet_torch():
                 loaded = dist_checkpointing.load(state, str(checkpoint))
         except (Exception, CheckpointException) as error:  # damaged files raise whatever their bytes lead to
             raise UserError(f"{checkpoint}: cannot be loaded ({reason_of(error)}); {_MEND_DAMAGED}") from error
@@ -235,10 +234,8 @@ class CheckpointManager:
         aside.mkdir()
 
     def _finish(self, aside: Path, target: Path, card: dict[str, Any]) -> None:
-        with open(aside / _CARD, "w") as file:
-            json.dump(card, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        _forget_path(aside / ".metadata")
+        _write(aside / _CARD, json.dumps(card, indent=1).encode())
         if target.exists():  # the same step, saved again by a run that went back
             _discard(target)
         os.rename(aside, target)
@@ -267,14 +264,33 @@ class CheckpointManager:
 
     def _failure(self, target: Path, error: BaseException) -> UserError:
         """What to tell the user of a save that failed; what it wrote is removed, to give back its space."""
+        place = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
+        free_mib = shutil.disk_usage(place).free >> 20  # torch does not always say that a disk is full
         if dist.get_rank() == 0:
             shutil.rmtree(target.with_name(target.name + _UNFINISHED), ignore_errors=True)
         kept = list_checkpoints(self.folder)
         intact = f"earlier checkpoints are intact, the last is {kept[-1].name}" if kept else "there is none before it"
         return UserError(
-            f"{target}: cannot be written ({reason_of(error)}); free space there or set run.dir to another disk, "
-            f"then run again; {intact}"
+            f"{target}: cannot be written ({reason_of(error)}; {free_mib} MiB free there); free space or set run.dir "
+            f"to another disk, then run again; {intact}"
         )
+
+
+@contextlib.contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Keep torch from warning of types that it uses itself, and from logging tracebacks of what it then raises."""
+
+    def has_no_traceback(record: logging.LogRecord) -> bool:
+        return not record.exc_info
+
+    root = logging.getLogger()  # which is where it logs
+    root.addFilter(has_no_traceback)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        root.removeFilter(has_no_traceback)
 
 
 def _without_prefix(weights: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -288,6 +304,20 @@ def _discard(checkpoint: Path) -> None:
         shutil.rmtree(aside)
     os.rename(checkpoint, aside)
     shutil.rmtree(aside)
+
+
+def _forget_path(metadata: Path) -> None:
+    """Take out of torch's metadata where the checkpoint was written, which may hold a user's name."""
+    content = pickle.loads(metadata.read_bytes())  # written a moment ago, by this run
+    content.storage_meta = None
+    _write(metadata, pickle.dumps(content))
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -173,7 +173,7 @@ class Wandb:
                 settings=private,
             )
         except (wandb.Error, OSError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise UserError(
                 f"wandb.mode={self.config.mode}: Weights & Biases does not start ({reason}); mend that, or set "
                 "wandb.mode=disabled (metrics.jsonl has the same numbers)"

@@ -184,9 +184,10 @@ def write_settings(config: JobConfig, tokenizer: TextTokenizer, folder: Path, st
         path.write_text(text)
         (folder / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
         tokenizer.save(folder / "tokenizer")
-    except OSError as error:
+    except Exception as error:  # tokenizers raises plain Exception
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"{folder}: cannot be written ({error.strerror}); free space there or set run.dir to another disk"
+            f"{folder}: cannot be written ({reason}); free space there or set run.dir to another disk"
         ) from error
 
 

@@ -5,16 +5,19 @@ what runs in it is the script itself.
 """
 
 import contextlib
+import fcntl
 import multiprocessing as mp
 import os
 import pty
 import runpy
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,18 +111,41 @@ def torchrun(
     ranks: int = 2,
     script: Path = SCRIPT,
     stdin: Any = subprocess.DEVNULL,
-    options: Sequence[str] = (),
+    output: Any = None,
+    background: bool = False,
+    env: dict[str, str] | None = None,
 ) -> Running:
-    """Start the script with torchrun; arguments as for `start`."""
-    start_ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *options]
-    with open(log, "w") as output:
+    """Start the script with torchrun, as a shell does: in a session whose terminal is `stdin`, if that is one.
+
+    Args:
+        log: file for what it prints, unless `output` is given.
+        args: the script's arguments.
+        ranks: processes.
+        script: what to run.
+        stdin, output: open files.
+        background: with a shell's `&`.
+        env: variables to set.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), str(script), *args]
+
+    if background:
+        command = ["bash", "-c", 'set -m; "$@" & wait $!', "bash", *command]
+
+    def take_terminal() -> None:
+        if os.isatty(0):
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    log.touch()
+    with open(log, "w") as file:
         process = subprocess.Popen(
-            [*start_ranks, str(script), *args],
+            command,
             cwd=ROOT,
             stdin=stdin,
-            stdout=output,
-            stderr=subprocess.STDOUT,
+            stdout=output or file,
+            stderr=output or subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=take_terminal,
+            env={**os.environ, **(env or {})},
         )
     return Running(process, log)
 
@@ -146,6 +172,7 @@ def errors(output: str) -> list[str]:
 def terminal() -> Iterator[tuple[int, str]]:
     """A terminal: the end at which a person types and reads, and the path of the other end."""
     person, job = pty.openpty()
+    fcntl.ioctl(job, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
     try:
         yield person, os.ttyname(job)
     finally:

@@ -114,12 +114,11 @@ def top_operators(step: Callable[[], Any], repetitions: int, count: int) -> list
             step()
         synchronize()
     events: Any = profiler.key_averages()
-    rows = [
-        (e.key, e.count / repetitions, (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1e6 / repetitions)
-        for e in events
-        # With a GPU, its kernels alone: the operators that launch them carry the same time again.
-        if not on_gpu or e.device_type == torch.autograd.DeviceType.CUDA
-    ]
+    time_of = "self_cpu_time_total"
+    if on_gpu:  # its kernels alone: the operators that launch them carry the same time again
+        time_of = "self_device_time_total"
+        events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    rows = [(e.key, e.count / repetitions, getattr(e, time_of) / 1e6 / repetitions) for e in events]
     rows.sort(key=lambda row: -row[2])
     others = rows[count:]
     return [*rows[:count], ("all others", sum(row[1] for row in others), sum(row[2] for row in others))]
@@ -135,5 +134,5 @@ def phase_table(seconds: dict[str, float]) -> str:
 def operator_table(rows: list[tuple[str, float, float]]) -> str:
     """`top_operators` as a Markdown table."""
     total = sum(row[2] for row in rows)
-    lines = [f"| `{name[:60]}` | {calls:.0f} | {1e3 * value:.2f} | {value / total:.1%} |" for name, calls, value in rows]
+    lines = [f"| `{name[:60]}` | {calls:.0f} | {1e3 * t:.2f} | {t / total:.1%} |" for name, calls, t in rows]
     return "\n".join(["| operator | calls | ms | share |", "|---|---|---|---|", *lines])

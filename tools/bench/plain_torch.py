@@ -145,7 +145,7 @@ def _row(row: Microbatch, kinds: Sequence[int]) -> tuple[dict[str, Tensor], Tens
 
 
 def _padded(documents: Sequence[tuple[Tensor, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
-    tokens, labels = zip(*documents, strict=True)
+    tokens, labels = [list(part) for part in zip(*documents, strict=True)]
     pad = nn.utils.rnn.pad_sequence
     mask = pad([torch.ones_like(t) for t in tokens], batch_first=True)
     inputs = {"input_ids": pad(tokens, batch_first=True), "attention_mask": mask}
@@ -169,8 +169,9 @@ class PlainTrainer:
         self.device = next(model.parameters()).device
         matrices = [p for p in model.parameters() if p.dim() > 1]
         others = [p for p in model.parameters() if p.dim() <= 1]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
-            [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
+            groups,
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             eps=config.eps,

@@ -60,14 +60,14 @@ def build_slice(conf: Path, args: argparse.Namespace) -> Slice:
     job = train.build_job(config, mesh)
     microbatches = rows(config, job.model.vision.module.tokens_per_frame, args.frames)
     size = config.model.vision.image_size
-    frames = torch.randn(max(len(m.frames) for m in microbatches), 3, size, size)
-    norm = job.model.language[0].module.decoder.layers[0].self_attention.linear_qkv
+    frames = torch.randn(config.model.frames_per_pass, 3, size, size)
+    linear_qkv = job.model.language[0].module.decoder.layers[0].self_attention.linear_qkv
     return Slice(
         job,
         microbatches,
         # In host memory, as a data loader leaves them: the copy to the device is part of the step.
-        load_frames=lambda refs: frames.repeat(-(-len(refs) // len(frames)), 1, 1, 1)[: len(refs)],
-        transformer_engine=type(norm).__module__.startswith("megatron.core.extensions"),
+        load_frames=lambda refs: frames[: len(refs)],
+        transformer_engine=type(linear_qkv).__module__.startswith("megatron.core.extensions"),
     )
 
 

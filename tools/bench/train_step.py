@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,8 @@ def compare(args: argparse.Namespace) -> None:
     from megamed import data, runtime, train
     from megamed.config import compose, load
 
-    overrides = ["+exp=fmri", "optim.warmup_steps=0", *args.overrides]
-    if args.dtype != "auto" or not any(o.startswith("train.dtype=") for o in overrides):
-        overrides.append(f"train.dtype={'fp32' if args.dtype == 'auto' else args.dtype}")
+    dtype = "fp32" if args.dtype == "auto" else args.dtype
+    overrides = ["+exp=fmri", "optim.warmup_steps=0", f"train.dtype={dtype}", *args.overrides]
     config = load(train.JobConfig, compose(CONF, "pretrain", overrides))
     say("building both models")
     mesh = runtime.build_mesh(config.parallel)
@@ -156,7 +156,7 @@ def compare(args: argparse.Namespace) -> None:
 
     sides: dict[str, Callable[[int], Any]] = {"megamed": ours}
     for layout in LAYOUTS:
-        sides[layout] = lambda turn, made=laid_out[layout]: plain.step(made[turn % 3], num_labels[turn % 3])
+        sides[layout] = partial(plain_step, plain, laid_out[layout], num_labels)
     times = take_turns(sides, args.warmup, args.repetitions)
     tokens = sum(m.num_real for step in steps for m in step) / len(steps)
     print(environment())
@@ -165,6 +165,10 @@ def compare(args: argparse.Namespace) -> None:
     report_comparison(times, tokens, args.markdown)
     if args.profile:
         write_profile(args.profile, job, ours, sides)
+
+
+def plain_step(plain: Any, laid_out: Sequence[Any], num_labels: Sequence[int], turn: int) -> None:
+    plain.step(laid_out[turn % len(laid_out)], num_labels[turn % len(laid_out)])
 
 
 def report_comparison(times: dict[str, Times], tokens: float, markdown: bool) -> None:
