@@ -30,6 +30,7 @@ def parse() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     from megamed import checkpoint, data, eval, runtime, train
     from megamed.config import compose, load, to_yaml
+    from megamed.models.projector import tokens_per_frame
     from megamed.train import run
     from megamed.utils import log
 
@@ -38,11 +39,15 @@ def main(args: argparse.Namespace) -> None:
     if args.cfg:
         print(to_yaml(config), end="")
         return
+    run.check_values(config)
     config.validate(runtime.world_size())
     data.validate(config.data)
     tokenizer = data.load_tokenizer(config.data.tokenizer)
-    run.check_values(config, tokenizer)
+    run.check_vocabulary(config, tokenizer)
     fmri = data.read_run(config.data.path)
+    size = config.model.vision.image_size
+    num_tokens = tokens_per_frame(size, config.model.vision.patch_size, config.model.projector.downsample_ratio)
+    source = data.FmriSource(fmri, config.data, tokenizer, size, num_tokens)
     run.say_start()
 
     runtime.start()
@@ -50,8 +55,6 @@ def main(args: argparse.Namespace) -> None:
     runtime.seed_everything(config.train.seed, mesh.data_rank)
     folder, resume_from = run.choose_run(config.run)
     job = train.build_job(config, mesh)
-    tokens_per_frame = job.model.vision.module.tokens_per_frame
-    source = data.FmriSource(fmri, config.data, tokenizer, config.model.vision.image_size, tokens_per_frame)
     facts = run.describe(config, mesh)
     saved = (config.checkpoint, job.model, job.optimizer, job.scheduler)
     manager = checkpoint.CheckpointManager(folder / "checkpoints", *saved, mesh, facts)

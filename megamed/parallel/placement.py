@@ -38,10 +38,11 @@ def place(config: VLMConfig, mesh: Mesh, dtype: torch.dtype, seed: int, distribu
         distributed_optimizer: reduce-scatter gradients, for the distributed optimizer.
     """
     chunks = build_language_chunks(config.language, mesh.config, mesh.language, dtype)
-    encoder = FrameEncoder(config.vision, config.projector)
     init_language(chunks, seed, config.language.init_std, config.language.num_layers)
+    with torch.device("meta"):  # in the host's memory the largest tower would take 22 GB for each rank
+        encoder = FrameEncoder(config.vision, config.projector).to(dtype)
+    encoder.to_empty(device=current_device())
     init_frame_encoder(encoder, seed)
-    encoder.to(current_device(), dtype)
     language = [
         DistributedDataParallel(
             config=chunk.config,

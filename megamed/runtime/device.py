@@ -7,6 +7,7 @@ Every other module gets Megatron by importing `megamed.runtime` first (its `__in
 import importlib
 import importlib.util
 import os
+import sys
 
 import torch
 
@@ -20,6 +21,7 @@ def prepare_megatron() -> None:
     hide_unrelated_apex()
     with quiet_imports():
         if not torch.cuda.is_available():
+            _hide_transformer_engine()
             cpu_backend.enable()
         # Without Transformer Engine, 0.16.1 names this function without having imported it.
         moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
@@ -27,6 +29,12 @@ def prepare_megatron() -> None:
         importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
+
+
+def _hide_transformer_engine() -> None:
+    """Without a GPU, Megatron would take Transformer Engine's optimizer for tensors on the CPU."""
+    if importlib.util.find_spec("transformer_engine") is not None:
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]
 
 
 def device_type() -> str:

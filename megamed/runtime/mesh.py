@@ -78,7 +78,7 @@ def build_mesh(config: ParallelConfig) -> Mesh:
     replica = _my_group(
         [replica_ranks(config.tensor, config.context, config.pipeline, data, i) for i in range(data)], rank
     )
-    alone = _my_group([[i] for i in range(world_size)], rank)
+    alone = dist.new_group([rank], use_local_synchronization=True)  # no collective of all ranks for each
     return Mesh(
         config=config,
         data_size=data,

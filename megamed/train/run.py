@@ -25,19 +25,33 @@ from megamed.utils.optional import apex_notice
 log = logging.getLogger(__name__)
 
 _ANSWER_SECONDS = 300
+_VISION_SIZES = (
+    "image_size", "patch_size", "num_channels", "hidden_size", "num_layers", "num_heads", "intermediate_size"
+)
+_LANGUAGE_SIZES = (
+    "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "max_positions"
+)
 
 
-def check_values(config: JobConfig, tokenizer: TextTokenizer) -> None:
-    """Check the values that `JobConfig.validate` leaves open.
+def check_values(config: JobConfig) -> None:
+    """Check each value that no other value decides about.
 
     Raises:
-        UserError: names the key, the value and the range; or the tokenizer has more tokens than the model.
+        UserError: names the key, the value and the range.
     """
-    train, optim, keep, name = config.train, config.optim, config.checkpoint, config.run.name
-    warmup_steps = min(optim.warmup_steps, train.steps - 1)
+    optim, keep, name = config.optim, config.checkpoint, config.run.name
+    warmup_steps = min(optim.warmup_steps, config.train.steps - 1)
+    positive = [
+        *((f"model.vision.{key}", getattr(config.model.vision, key)) for key in _VISION_SIZES),
+        *((f"model.language.{key}", getattr(config.model.language, key)) for key in _LANGUAGE_SIZES),
+        ("model.frames_per_pass", config.model.frames_per_pass),
+        ("train.steps", config.train.steps),
+        ("train.microbatches", config.train.microbatches),
+        ("eval.max_new_tokens", config.eval.max_new_tokens),
+    ]
     rules = (
-        ("train.microbatches", train.microbatches, train.microbatches >= 1, "at least 1"),
-        ("train.seed", train.seed, 0 <= train.seed < 2**31, "from 0 to 2147483647"),
+        *((key, value, value >= 1, "1 or more") for key, value in positive),
+        ("train.seed", config.train.seed, 0 <= config.train.seed < 2**31, "from 0 to 2147483647"),
         ("optim.lr", optim.lr, optim.lr > 0, "above 0"),
         ("optim.min_lr", optim.min_lr, 0 <= optim.min_lr <= optim.lr, f"from 0 to optim.lr = {optim.lr:g}"),
         ("optim.warmup_steps", optim.warmup_steps, optim.warmup_steps >= 0, "0 or more"),
@@ -51,14 +65,20 @@ def check_values(config: JobConfig, tokenizer: TextTokenizer) -> None:
         ("checkpoint.every_steps", keep.every_steps, keep.every_steps >= 0, "0 or more"),
         ("checkpoint.keep_last", keep.keep_last, keep.keep_last >= 0, "0 or more"),
         ("eval.every_steps", config.eval.every_steps, config.eval.every_steps >= 0, "0 or more"),
-        ("eval.max_new_tokens", config.eval.max_new_tokens, config.eval.max_new_tokens >= 1, "at least 1"),
-        ("model.frames_per_pass", config.model.frames_per_pass, config.model.frames_per_pass >= 1, "at least 1"),
         ("run.dir", config.run.dir, bool(config.run.dir), "a folder"),
         ("run.name", name, Path(name).name == name and name not in ("", ".."), "the name of one folder"),
     )
     for key, value, holds, wanted in rules:
         if not holds:
             raise UserError(f"{key}={value!r} has to be {wanted}", everywhere=True)
+
+
+def check_vocabulary(config: JobConfig, tokenizer: TextTokenizer) -> None:
+    """Check that the model has a row for every token.
+
+    Raises:
+        UserError: the tokenizer has more tokens than the model.
+    """
     num_rows = config.model.language.vocab_size
     if tokenizer.vocab_size > num_rows:
         raise UserError(

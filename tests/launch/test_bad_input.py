@@ -72,14 +72,16 @@ def test_a_file_without_permission(tmp_path):
     (("--confg",), ("--confg: cannot be read as an override",)),
     (("data.path=",), ("data.path is ''", "NIfTI")),
     (("train.steps=0",), ("train.steps=0", "1 or more")),
-    (("train.microbatches=0",), ("train.microbatches=0", "at least 1")),
+    (("train.microbatches=0",), ("train.microbatches=0", "1 or more")),
     (("train.seed=-1",), ("train.seed=-1", "from 0")),
     (("optim.lr=-1",), ("optim.lr=-1.0", "above 0")),
     (("optim.min_lr=1",), ("optim.min_lr=1.0", "optim.lr = 0.002")),
     (("optim.decay_steps=3",), ("optim.decay_steps=3", "above the 20 steps of warm-up")),
     (("checkpoint.keep_last=-1",), ("checkpoint.keep_last=-1", "0 or more")),
     (("run.name=../other",), ("run.name='../other'", "one folder")),
-    (("model.frames_per_pass=0",), ("model.frames_per_pass=0", "at least 1")),
+    (("model.frames_per_pass=0",), ("model.frames_per_pass=0", "1 or more")),
+    (("model.language.num_kv_heads=0",), ("model.language.num_kv_heads=0", "1 or more")),
+    (("model.vision.patch_size=0",), ("model.vision.patch_size=0", "1 or more")),
     (("data.seq_length=64",), ("data.seq_length is 64, but a sample can have", "at least", "data.max_volumes")),
     (("model.language.num_heads=3",), ("model.language.num_kv_heads=2 does not divide model.language.num_heads=3",)),
     (("model.vision.num_heads=3",), ("model.vision.num_heads=3", "model.vision.hidden_size=64")),
@@ -88,7 +90,7 @@ def test_a_file_without_permission(tmp_path):
 def test_a_value_that_cannot_be(args, says, tmp_path):
     line = refused(tmp_path, *args)
     assert all(text in line for text in says), line
-    assert not list(tmp_path.glob("runs/*/*"))
+    assert not list(tmp_path.glob("runs/*/*"))  # no settings, no metrics
 
 
 @pytest.mark.parametrize(("args", "says"), [
