@@ -35,7 +35,7 @@ from megamed.utils import UserError
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d{8})")
-_UNFINISHED = ".unfinished"
+_UNFINISHED, _DISCARDED = ".unfinished", ".discarded"
 _CARD = "megamed.json"
 _MEND_DAMAGED = "move that folder away, and run again to go on from the one before"
 
@@ -229,8 +229,9 @@ class CheckpointManager:
 
     def _prepare(self, aside: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(f"step_*{_UNFINISHED}"):
-            shutil.rmtree(leftover)
+        for suffix in (_UNFINISHED, _DISCARDED):
+            for leftover in self.folder.glob(f"step_*{suffix}"):
+                shutil.rmtree(leftover)
         aside.mkdir()
 
     def _finish(self, aside: Path, target: Path, card: dict[str, Any]) -> None:
@@ -299,9 +300,7 @@ def _without_prefix(weights: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 def _discard(checkpoint: Path) -> None:
     """Remove a checkpoint. Under its name it is there whole or not at all, should this be interrupted."""
-    aside = checkpoint.with_name(checkpoint.name + _UNFINISHED)
-    if aside.exists():
-        shutil.rmtree(aside)
+    aside = checkpoint.with_name(checkpoint.name + _DISCARDED)
     os.rename(checkpoint, aside)
     shutil.rmtree(aside)
 

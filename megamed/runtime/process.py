@@ -109,7 +109,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 def _end_interrupted(signal_number: int, frame: Any) -> None:
     """End on Ctrl-C, here and now: an exception might be caught, or wait for other ranks, on its way up."""
     if global_rank() == 0:
-        os.write(2, b"\nmegamed: interrupted; run the same command again to go on from the last checkpoint\n")
+        with contextlib.suppress(OSError):  # not through a buffer, which this may have come in the middle of
+            os.write(2, b"\nmegamed: interrupted; run the same command again to go on from the last checkpoint\n")
     os._exit(EXIT_INTERRUPTED)
 
 

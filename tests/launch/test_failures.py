@@ -126,7 +126,7 @@ def test_a_disk_that_something_else_fills(small_disk, tmp_path):
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
 
 
-@pytest.mark.parametrize(("failing_rank", "failure"), [(1, "raises"), (1, "killed"), (0, "killed")])
+@pytest.mark.parametrize(("failing_rank", "failure"), [(1, "raises"), (1, "killed")])
 def test_a_rank_that_fails_ends_all_and_is_the_one_to_be_seen(failing_rank, failure, tmp_path):
     script = tmp_path / "failing.py"
     script.write_text(FAILING.format(script=str(SCRIPT)))

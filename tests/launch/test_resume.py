@@ -207,6 +207,17 @@ def test_a_damaged_checkpoint(kind, runs, finished):
         assert losses(runs / "fmri") == losses(finished / "fmri")
 
 
+def test_a_step_that_is_saved_again_takes_the_old_ones_place(runs, finished):
+    """A checkpoint without its card is none, and the run goes back to the one before it."""
+    card = runs / "fmri" / "checkpoints" / "step_00000004" / "megamed.json"
+    content = json.loads(card.read_text())
+    card.unlink()
+    assert "step_00000002" in again(runs)
+    assert json.loads(card.read_text()) == content
+    assert "is complete" in again(runs)
+    assert sorted(path.name for path in card.parents[1].iterdir()) == ["step_00000002", "step_00000004"]
+
+
 @pytest.mark.parametrize(("args", "says"), [
     (("model.language.num_layers=1",), ("of another model (model.language.num_layers was 2, is now 1)", "run.name")),
     (("optim.distributed=false",), ("optim.distributed=true", "run.name")),
