@@ -123,3 +123,14 @@ def test_a_model_that_does_not_divide_names_both_keys() -> None:
     config.parallel = ParallelConfig(expert=2)
     with pytest.raises(UserError, match="parallel.expert=2 needs experts"):
         config.validate(world_size=2)
+
+
+def test_a_pipeline_stage_without_experts_is_refused() -> None:
+    config = JobConfig()
+    config.model = tiny_vlm(num_experts=4)
+    config.parallel = ParallelConfig(expert=2, pipeline=2)
+    config.model.language.moe.first_dense_layers = 1
+    config.validate(world_size=4)
+    config.model.language.moe.first_dense_layers = 2
+    with pytest.raises(UserError, match="leaves the first pipeline stage, of 2 layers, without experts"):
+        config.validate(world_size=4)

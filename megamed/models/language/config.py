@@ -65,9 +65,21 @@ class LanguageConfig:
         _divides("parallel.pipeline x parallel.virtual_pipeline", chunks, "model.language.num_layers", self.num_layers)
         if self.moe.num_experts:
             _divides("parallel.expert", parallel.expert, "model.language.moe.num_experts", self.moe.num_experts)
+            self._need_experts_on_every_stage(parallel)
         elif parallel.expert > 1:
             raise UserError(
                 f"parallel.expert={parallel.expert} needs experts; set model.language.moe.num_experts",
+                everywhere=True,
+            )
+
+    def _need_experts_on_every_stage(self, parallel: ParallelConfig) -> None:
+        """With expert parallelism Megatron keeps experts in an optimizer of their own, which cannot be empty."""
+        dense, first_chunk = self.moe.first_dense_layers, self.num_layers // parallel.pipeline
+        if parallel.expert > 1 and parallel.virtual_pipeline == 1 and dense >= first_chunk:
+            raise UserError(
+                f"model.language.moe.first_dense_layers={dense} leaves the first pipeline stage, of {first_chunk} "
+                "layers, without experts, which parallel.expert above 1 needs; lower parallel.pipeline or set "
+                "parallel.virtual_pipeline=2",
                 everywhere=True,
             )
 
