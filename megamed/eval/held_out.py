@@ -14,6 +14,7 @@ from megamed.data import QUESTIONS, FrameRef, HeldOutItem, TextTokenizer
 from megamed.generate import greedy
 from megamed.parallel import PlacedModel, VisionPhase
 from megamed.runtime import Mesh
+from megamed.utils import UserError
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,11 @@ class HeldOutEvaluation:
     def _evaluate(self) -> list[Answer]:
         answers = self.ask()
         if dist.get_rank() == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": self.step, **summary(answers)}) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps({"step": self.step, **summary(answers)}) + "\n")
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written ({error}); free space there and run again") from error
         return answers
 
 
