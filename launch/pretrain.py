@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
     manager = checkpoint.CheckpointManager(folder / "checkpoints", *saved, mesh, facts)
     start_step = manager.load(resume_from)["step"] if resume_from else 0
     ask = partial(
-        eval.ask_held_out, job.model, job.phase, mesh, source.held_out(), source.load_frames, tokenizer,
+        eval.ask_held_out, job.model, job.phase, mesh, source, tokenizer,
         config.data.seq_length, config.model.language.vocab_size, config.eval.max_new_tokens, config.eval.blank_control,
     )
     evaluation = eval.HeldOutEvaluation(ask, folder / "held_out.jsonl", config.eval.every_steps)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamed.data import QUESTIONS, FrameRef, HeldOutItem, TextTokenizer
+from megamed.data import QUESTIONS, FrameRef, HeldOutItem, MicrobatchSource, TextTokenizer
 from megamed.generate import greedy
 from megamed.parallel import PlacedModel, VisionPhase
 from megamed.runtime import Mesh
@@ -33,26 +33,25 @@ def ask_held_out(
     model: PlacedModel,
     phase: VisionPhase,
     mesh: Mesh,
-    items: Sequence[HeldOutItem],
-    load: Callable[[Sequence[FrameRef]], Tensor],
+    source: MicrobatchSource,
     tokenizer: TextTokenizer,
     seq_length: int,
     vocab_size: int,
     max_new_tokens: int,
     blank_control: bool,
 ) -> list[Answer]:
-    """Decode an answer to every item and judge it. Collective; the same list on every rank.
+    """Decode an answer to every held-out item and judge it. Collective; the same list on every rank.
 
     Args:
         model, phase, mesh: the placed model, its vision phase, the layout.
-        items: the questions, with their frames and facts.
-        load: frames of some references.
+        source: has the questions, with their frames and facts.
         tokenizer: of the model.
         seq_length: tokens of a packed row.
         vocab_size: of the model, without padding.
         max_new_tokens: longest answer.
         blank_control: also ask with frames that are all zero.
     """
+    items = source.held_out()
 
     def decode(load_frames: Callable[[Sequence[FrameRef]], Tensor]) -> list[str]:
         tokens = greedy(
@@ -69,8 +68,10 @@ def ask_held_out(
         )
         return [tokenizer.decode(t) for t in tokens]
 
-    seen = decode(load)
-    blank = decode(lambda frames: torch.zeros_like(load(frames))) if blank_control else [None] * len(items)
+    seen = decode(source.load_frames)
+    blank = (
+        decode(lambda frames: torch.zeros_like(source.load_frames(frames))) if blank_control else [None] * len(items)
+    )
 
     def judged(item: HeldOutItem, text: str | None) -> bool | None:
         return None if text is None else QUESTIONS[item.qa.name].judge(text, item.facts)

@@ -3,12 +3,16 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from megamed.checkpoint import CheckpointConfig
 from megamed.data import DataConfig
 from megamed.models.vlm import VLMConfig
 from megamed.optim import OptimConfig
-from megamed.runtime import ParallelConfig
+from megamed.runtime import ParallelConfig, default_dtype
 from megamed.utils import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -25,6 +29,11 @@ class TrainConfig:
     """Weight of the loss on text beside the answers (questions, context), whose own weight is 1."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of weights and activations; auto is bf16 on a GPU and fp32 on a CPU."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The type that `dtype` stands for on this machine."""
+        return default_dtype() if self.dtype == "auto" else DTYPES[self.dtype]
 
 
 @dataclass

@@ -8,7 +8,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megamed.optim import build_optimizer, build_scheduler
 from megamed.parallel import PlacedModel, VisionPhase, place
-from megamed.runtime import Mesh, default_dtype
+from megamed.runtime import Mesh
 from megamed.train.config import JobConfig
 from megamed.train.step import Stepper
 
@@ -34,7 +34,7 @@ def build_job(config: JobConfig, mesh: Mesh) -> Job:
         config: the settings, validated.
         mesh: the layout.
     """
-    dtype = {"auto": default_dtype(), "fp32": torch.float32, "bf16": torch.bfloat16}[config.train.dtype]
+    dtype = config.train.torch_dtype
     model = place(config.model, mesh, dtype, config.train.seed, config.optim.distributed)
     phase = VisionPhase(
         model.vision,

@@ -30,7 +30,7 @@ def step_flops(model: VLMConfig, microbatches: Sequence[Microbatch]) -> int:
             num_layers=language.num_layers,
             num_heads=language.num_heads,
             num_kv_heads=language.num_kv_heads,
-            head_dim=language.head_dim or language.hidden_size // language.num_heads,
+            head_dim=language.kv_channels,
             intermediate_size=language.intermediate_size,
             vocab_size=language.vocab_size,
             num_experts=moe.num_experts,

@@ -17,8 +17,8 @@ from megamed import __version__
 from megamed.checkpoint import list_checkpoints, read_card
 from megamed.config import to_yaml
 from megamed.data import TextTokenizer
-from megamed.runtime import Mesh, default_dtype
-from megamed.train.config import JobConfig, RunConfig
+from megamed.runtime import Mesh
+from megamed.train.config import DTYPES, JobConfig, RunConfig
 from megamed.utils import UserError
 from megamed.utils.optional import apex_notice
 
@@ -164,9 +164,7 @@ def describe(config: JobConfig, mesh: Mesh) -> dict[str, Any]:
     """What a checkpoint's card says of the run: model, layout, optimizer, versions. No path, no name."""
     layout = asdict(config.parallel)
     layout["data"] = mesh.data_size
-    dtype = config.train.dtype
-    if dtype == "auto":
-        dtype = "bf16" if default_dtype() == torch.bfloat16 else "fp32"
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == config.train.torch_dtype)
     return {
         "format": 1,
         "model": _flat(asdict(config.model)),

@@ -63,7 +63,7 @@ def build_model(config: VLMConfig, image_token_id: int) -> nn.Module:
             num_hidden_layers=language.num_layers,
             num_attention_heads=language.num_heads,
             num_key_value_heads=language.num_kv_heads,
-            head_dim=language.head_dim or language.hidden_size // language.num_heads,
+            head_dim=language.kv_channels,
             rms_norm_eps=language.norm_eps,
             max_position_embeddings=language.max_positions,
             rope_parameters={"rope_type": "default", "rope_theta": language.rotary_base},

@@ -89,7 +89,7 @@ def layers_that_fit(model: VLMConfig) -> int:
     if runtime.device_type() == "cpu":
         raise UserError("a slice without --layers takes what fits in the GPU's memory; here, give --layers")
     vision, language = model.vision, model.language
-    head_dim = language.head_dim or language.hidden_size // language.num_heads
+    head_dim = language.kv_channels
     a_vision_layer = vision.hidden_size * (4 * vision.hidden_size + 2 * vision.intermediate_size)
     a_language_layer = language.hidden_size * (
         2 * (language.num_heads + language.num_kv_heads) * head_dim + 3 * language.intermediate_size

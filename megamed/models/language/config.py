@@ -46,6 +46,11 @@ class LanguageConfig:
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     @property
+    def kv_channels(self) -> int:
+        """Width of a head, `head_dim` or what follows from the other sizes."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
     def padded_vocab_size(self) -> int:
         """Vocabulary with padding, a multiple of `VOCAB_MULTIPLE`."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
@@ -96,7 +101,7 @@ class LanguageConfig:
             hidden_size=self.hidden_size,
             num_attention_heads=self.num_heads,
             num_query_groups=self.num_kv_heads,
-            kv_channels=self.head_dim or self.hidden_size // self.num_heads,
+            kv_channels=self.kv_channels,
             ffn_hidden_size=self.intermediate_size,
             layernorm_epsilon=self.norm_eps,
             normalization="RMSNorm",

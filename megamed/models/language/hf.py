@@ -120,7 +120,7 @@ def to_hf(state_dict: Mapping[str, Tensor], config: LanguageConfig, family: Fami
 
 def _sizes(config: LanguageConfig) -> tuple[int, int]:
     """Rows of a key/value head's queries, and of its key (or value)."""
-    head_dim = config.head_dim or config.hidden_size // config.num_heads
+    head_dim = config.kv_channels
     return config.num_heads // config.num_kv_heads * head_dim, head_dim
 
 
