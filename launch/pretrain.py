@@ -47,11 +47,11 @@ def main(args: argparse.Namespace) -> None:
     fmri = data.read_run(config.data.path)
     size = config.model.vision.image_size
     num_tokens = tokens_per_frame(size, config.model.vision.patch_size, config.model.projector.downsample_ratio)
-    source = data.FmriSource(fmri, config.data, tokenizer, size, num_tokens)
+    source = data.FmriSource(fmri, config.data, tokenizer, size, num_tokens, config.document_multiple)
     run.say_start()
 
     runtime.start()
-    mesh = runtime.build_mesh(config.parallel)
+    mesh = runtime.build_mesh(config.parallel, config.ulysses, config.document_multiple)
     runtime.seed_everything(config.train.seed, mesh.data_rank)
     folder, resume_from = run.choose_run(config.run)
     job = train.build_job(config, mesh)

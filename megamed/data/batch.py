@@ -79,9 +79,10 @@ class Microbatch:
         labels_S: int64, the token after each one; without meaning where `loss_kind_S` is 0.
         loss_kind_S: uint8, what the label belongs to: an index into `LOSS_KINDS`.
         position_S: int64, counts from 0 in each document.
-        cu_seqlens: int32 [number of documents + 1], bounds of the documents, from 0 to S; the padding,
-            where there is any, is the last document.
-        num_real: tokens before the padding.
+        cu_seqlens: int32 [number of documents + 1], bounds of the documents, from 0 to S; the padding at the
+            row's end, where there is any, is the last document.
+        num_real: tokens that are no padding.
+        padding_S: bool, True for padding: at the row's end, and at the end of documents that are filled up.
         visual_positions: int64 [len(frames) * tokens per frame], where the visual tokens stand in the row.
         frames: the frames in the order of their visual tokens.
         sample_ids: one name a document, the padding left out.
@@ -93,9 +94,15 @@ class Microbatch:
     position_S: Tensor
     cu_seqlens: Tensor
     num_real: int
+    padding_S: Tensor
     visual_positions: Tensor
     frames: list[FrameRef]
     sample_ids: list[str]
+
+    @property
+    def end(self) -> int:
+        """Where the padding at the row's end begins."""
+        return int(self.cu_seqlens[len(self.sample_ids)])
 
 
 def prompt(
@@ -168,41 +175,46 @@ def _ask(document: Document, tokenizer: TextTokenizer, question: str) -> None:
     _open_turn(document, tokenizer, "assistant")
 
 
-def pack(documents: Sequence[Document], seq_length: int, pad_id: int) -> Microbatch:
+def pack(documents: Sequence[Document], seq_length: int, pad_id: int, document_multiple: int = 1) -> Microbatch:
     """Lay documents one after another into a row and fill it up with padding.
 
     The last token of a document predicts nothing, so no loss crosses from one into the next.
 
     Args:
         documents: together at most `seq_length` tokens.
-        seq_length: S, the length of the row.
+        seq_length: S, the length of the row; a multiple of `document_multiple`.
         pad_id: token id of the padding.
+        document_multiple: each document is filled up to a multiple of it, with padding that counts as its own
+            tokens after the last: positions go on, and nothing before it sees it.
 
     Raises:
         UserError: a document alone is longer than the row.
         ValueError: the documents are, together.
     """
-    lengths = [len(document.tokens) for document in documents]
-    longest = max(lengths, default=0)
+    longest = max((len(document.tokens) for document in documents), default=0)
     if longest > seq_length:
         raise UserError(
             f"a sample has {longest} tokens and data.seq_length is {seq_length}; set data.seq_length to at "
             f"least {longest}, or lower data.max_volumes or data.questions",
             everywhere=True,
         )
-    num_real = sum(lengths)
-    if num_real > seq_length:
-        raise ValueError(f"{len(documents)} documents have {num_real} tokens, the row has {seq_length}")
-    if num_real < seq_length:
-        lengths.append(seq_length - num_real)
+    lengths = [-(-len(document.tokens) // document_multiple) * document_multiple for document in documents]
+    total = sum(lengths)
+    if total > seq_length:
+        raise ValueError(f"{len(documents)} documents have {total} tokens, the row has {seq_length}")
+    if total < seq_length:
+        lengths.append(seq_length - total)
     bounds = np.concatenate([[0], np.cumsum(lengths)])
 
     tokens = np.full(seq_length, pad_id, dtype=np.int64)
     kinds = np.zeros(seq_length, dtype=np.uint8)
+    padding = np.ones(seq_length, dtype=bool)
     visual: list[int] = []
-    for document, start, end in zip(documents, bounds[:-1], bounds[1:], strict=False):
+    for document, start in zip(documents, bounds[:-1], strict=False):
+        end = start + len(document.tokens)
         tokens[start:end] = document.tokens
         kinds[start : end - 1] = document.loss_kinds[1:]
+        padding[start:end] = False
         visual.extend(int(start) + position for position in document.visual_positions)
     positions = np.concatenate([np.arange(length) for length in lengths])
     return Microbatch(
@@ -211,7 +223,8 @@ def pack(documents: Sequence[Document], seq_length: int, pad_id: int) -> Microba
         loss_kind_S=torch.from_numpy(kinds),
         position_S=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
-        num_real=num_real,
+        num_real=int((~padding).sum()),
+        padding_S=torch.from_numpy(padding),
         visual_positions=torch.tensor(visual, dtype=torch.int64),
         frames=[frame for document in documents for frame in document.frames],
         sample_ids=[document.sample_id for document in documents],

@@ -56,6 +56,7 @@ class FmriSource:
         tokenizer: makes the text's tokens.
         image_size: edge of a frame in pixels.
         tokens_per_frame: visual tokens of one frame.
+        document_multiple: documents are filled up to a multiple of it; see `pack`. It divides `config.seq_length`.
 
     Raises:
         UserError: a config value out of range, a run too short for the config, or rows too short
@@ -69,6 +70,7 @@ class FmriSource:
         tokenizer: TextTokenizer,
         image_size: int,
         tokens_per_frame: int,
+        document_multiple: int = 1,
     ):
         validate(config)
         self.run = run
@@ -76,6 +78,7 @@ class FmriSource:
         self._tokenizer = tokenizer
         self._image_size = image_size
         self._tokens_per_frame = tokens_per_frame
+        self._document_multiple = document_multiple
         self.num_training_volumes = _split(run, config)
         self._facts = lru_cache(_CACHED_FACTS)(self._measure)
         self._scale = lru_cache(_CACHED_SCALES)(self._measure_scale)
@@ -102,8 +105,8 @@ class FmriSource:
                 misfits += 1
                 continue
             documents.append(document)
-            room -= len(document.tokens)
-        return pack(documents, self.config.seq_length, self._tokenizer.pad_id)
+            room -= -(-len(document.tokens) // self._document_multiple) * self._document_multiple
+        return pack(documents, self.config.seq_length, self._tokenizer.pad_id, self._document_multiple)
 
     def load_frames(self, frames: Sequence[FrameRef]) -> Tensor:
         """frames_NCHW, float32 [len(frames), 3, image_size, image_size]; see `mosaic_frames`."""

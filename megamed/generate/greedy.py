@@ -59,7 +59,7 @@ def greedy(
         model, phase, mesh: the placed model, its vision phase and the layout.
         prompts: what to decode; shared out over the replicas.
         load: frames of some references, [N, C, H, W].
-        seq_length: S, as the phase was built for.
+        seq_length: S, the length of the rows that prompts are packed into.
         vocab_size: V without padding.
         max_new_tokens: longest answer.
         end_id: ends an answer; not part of it.
@@ -68,7 +68,7 @@ def greedy(
     Returns:
         The new tokens of each prompt, the same on every rank.
     """
-    rows, slots = _lay_out(prompts, seq_length, max_new_tokens, pad_id)
+    rows, slots = _lay_out(prompts, seq_length, max_new_tokens, pad_id, mesh.document_multiple)
     # Every replica runs as many rows as the busiest one, so that experts spread over replicas stay in step.
     # The interleaved schedule takes them in groups of the pipeline's size.
     group = mesh.config.pipeline if mesh.config.virtual_pipeline > 1 else 1
@@ -95,7 +95,7 @@ def greedy(
 
 
 def _lay_out(
-    prompts: Sequence[Prompt], seq_length: int, max_new_tokens: int, pad_id: int
+    prompts: Sequence[Prompt], seq_length: int, max_new_tokens: int, pad_id: int, document_multiple: int
 ) -> tuple[list[Microbatch], list[_Slot]]:
     rows: list[list[Document]] = [[]]
     slots, used = [], 0
@@ -108,8 +108,8 @@ def _lay_out(
         rows[-1].append(
             Document(f"prompt-{index}", tokens, [0] * len(tokens), list(prompt.visual_positions), list(prompt.frames))
         )
-        used += len(tokens)
-    return [pack(documents, seq_length, pad_id) for documents in rows], slots
+        used += -(-len(tokens) // document_multiple) * document_multiple
+    return [pack(documents, seq_length, pad_id, document_multiple) for documents in rows], slots
 
 
 def _best_tokens(
@@ -118,7 +118,9 @@ def _best_tokens(
     """The likeliest token after each position, [rows, S], on every rank of the replica."""
 
     def finish(output: Tensor, item: LanguageInput) -> tuple[Tensor, Tensor]:
-        return output.new_zeros(()), _argmax(output[0], mesh, vocab_size)
+        best_S = torch.zeros(seq_length, dtype=torch.int64, device=output.device)
+        best_S[item.row_index_S] = _argmax(output[0], mesh, vocab_size)
+        return output.new_zeros(()), best_S
 
     parts = run_schedule(model.language, inputs, finish, with_labels=False, train=False)
     best = torch.zeros(len(inputs), seq_length, dtype=torch.int64, device=inputs[0].tokens_BS.device)

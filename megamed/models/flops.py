@@ -100,6 +100,7 @@ def language_flops(
     moe_intermediate_size: int = 0,
     shared_intermediate_size: int = 0,
     first_dense_layers: int = 0,
+    num_labels: int | None = None,
     causal: bool = True,
 ) -> Flops:
     """FLOPs of a decoder-only language model, the output layer included.
@@ -119,6 +120,7 @@ def language_flops(
         moe_intermediate_size: inner width of an expert.
         shared_intermediate_size: inner width of the expert that sees every token; 0 for none.
         first_dense_layers: layers at the bottom that stay dense.
+        num_labels: tokens with a loss, which alone need the output layer; None for all.
         causal: count causal attention at half of full attention (model FLOPs). False counts it in full, as
             kernels do that compute all scores and mask them.
     """
@@ -137,6 +139,6 @@ def language_flops(
         num_layers * (projections + (attention // 2 if causal else attention))
         + (num_layers - num_moe_layers) * dense
         + num_moe_layers * moe
-        + _matmul(num_tokens, hidden_size, vocab_size)
+        + _matmul(num_tokens if num_labels is None else num_labels, hidden_size, vocab_size)
     )
     return Flops(forward, 2 * forward)

@@ -34,7 +34,7 @@ def deal_frames(num_frames: Sequence[int], num_ranks: int) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Shard:
-    """The part [start, end) of the packed row whose embeddings a rank holds; empty off the first stage."""
+    """The part [start, end) of the row, as it is dealt out, whose embeddings a rank holds; empty off the first stage."""
 
     start: int
     end: int
@@ -65,16 +65,16 @@ def plan_exchange(
     owners: Sequence[np.ndarray],
     positions: Sequence[np.ndarray],
     tokens_per_frame: int,
-    shards: Sequence[Shard],
+    shards: Sequence[Sequence[Shard]],
     me: int,
 ) -> Exchange:
     """Plan the exchange of one step for rank `me`.
 
     Args:
         owners: the deal, from `deal_frames`.
-        positions: for each microbatch, each row's position in the packed sequence.
+        positions: for each microbatch, each row's place in the packed sequence, as that is dealt out.
         tokens_per_frame: rows of one frame.
-        shards: each rank's part of the sequence, by rank in the replica.
+        shards: for each microbatch, each rank's part of the sequence, by rank in the replica.
         me: this rank in the replica.
     """
     owner = np.concatenate([np.repeat(o, tokens_per_frame) for o in owners]).astype(np.int64)
@@ -82,10 +82,13 @@ def plan_exchange(
     microbatch = np.repeat(np.arange(len(positions)), [len(p) for p in positions])
     mine = np.flatnonzero(owner == me)
 
-    wanted = [(position >= s.start) & (position < s.end) for s in shards]
+    bounds = np.array([[(s.start, s.end) for s in of_ranks] for of_ranks in shards]).reshape(len(shards), -1, 2)
+    ranks = range(bounds.shape[1])
+    wanted = [(position >= start) & (position < end) for start, end in bounds[microbatch].transpose(1, 2, 0)]
+    sends_gradient = [s.sends_gradient for s in shards[0]]
     sent = [np.flatnonzero((owner == me) & w) for w in wanted]
-    received = [np.flatnonzero((owner == source) & wanted[me]) for source in range(len(shards))]
-    returned = [rows if s.sends_gradient else rows[:0] for rows, s in zip(sent, shards, strict=True)]
+    received = [np.flatnonzero((owner == source) & wanted[me]) for source in ranks]
+    returned = [rows if sends else rows[:0] for rows, sends in zip(sent, sends_gradient, strict=True)]
     received_rows = np.concatenate(received)
     return Exchange(
         send_index=np.searchsorted(mine, np.concatenate(sent)),
@@ -93,7 +96,7 @@ def plan_exchange(
         recv_splits=[len(rows) for rows in received],
         order=np.argsort(received_rows, kind="stable"),
         rows_per_microbatch=np.bincount(microbatch[received_rows], minlength=len(positions)).tolist(),
-        grad_send_splits=[len(rows) if shards[me].sends_gradient else 0 for rows in received],
+        grad_send_splits=[len(rows) if sends_gradient[me] else 0 for rows in received],
         grad_recv_splits=[len(rows) for rows in returned],
         grad_index=np.searchsorted(mine, np.concatenate(returned)),
     )

@@ -10,13 +10,14 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megamed.data import Microbatch
+from megamed.models.language import Packing
 from megamed.models.vlm import embed_with_visual_tokens
-from megamed.parallel.exchange import Shard
+from megamed.ops.cross_entropy import IGNORED_LABEL
+from megamed.parallel.sequence import row_order, sequence_shards, splits_sequence
 from megamed.runtime import Mesh, current_device
 
 # Matrix products on a GPU want sizes that are multiples of this.
@@ -31,35 +32,38 @@ class Finish(Protocol):
 
 @dataclass(frozen=True)
 class LanguageInput:
-    """A microbatch as the language model takes it, on this rank's device."""
+    """A microbatch as the language model takes it, on this rank's device: the context rank's part of the row."""
 
     tokens_BS: Tensor
     position_BS: Tensor
     labels_BS: Tensor
+    """`IGNORED_LABEL` where the label is without meaning."""
     loss_kind_BS: Tensor
     padding_BS: Tensor
-    """True where this rank's part of the row is padding."""
-    packing: PackedSeqParams
+    """True where this rank's part of the row is padding; with sequence parallelism, the tensor-parallel rank's."""
+    packing: Packing
     rows_RH: Tensor
     """Visual tokens that fall into this rank's part of the row."""
     index_R: Tensor
     """Where they go within that part."""
+    row_index_S: Tensor
+    """Where in the packed row the tokens of this context rank stand."""
 
 
 def trim_padding(microbatches: Sequence[Microbatch], mesh: Mesh) -> list[Microbatch]:
     """Rows without the padding at their end, to the next multiple of `ROW_MULTIPLE`.
 
-    Rows keep their one length where other ranks count on it: between pipeline stages, under sequence
-    parallelism, and between replicas that share experts.
+    Rows keep their one length where other ranks count on it: between pipeline stages, and between replicas that
+    share experts. Ranks that share a row cut it alike.
     """
     config = mesh.config
-    if config.pipeline > 1 or config.expert > 1 or (config.sequence and config.tensor > 1):
+    if config.pipeline > 1 or config.expert > 1:
         return list(microbatches)
-    return [_trim(m) for m in microbatches]
+    return [_trim(m, ROW_MULTIPLE * config.context * (config.tensor if config.sequence else 1)) for m in microbatches]
 
 
-def _trim(microbatch: Microbatch) -> Microbatch:
-    length = -(-max(microbatch.num_real, 1) // ROW_MULTIPLE) * ROW_MULTIPLE
+def _trim(microbatch: Microbatch, multiple: int) -> Microbatch:
+    length = -(-max(microbatch.end, 1) // multiple) * multiple
     if length >= len(microbatch.tokens_S):
         return microbatch
     bounds = microbatch.cu_seqlens
@@ -69,41 +73,44 @@ def _trim(microbatch: Microbatch) -> Microbatch:
         labels_S=microbatch.labels_S[:length],
         loss_kind_S=microbatch.loss_kind_S[:length],
         position_S=microbatch.position_S[:length],
+        padding_S=microbatch.padding_S[:length],
         cu_seqlens=torch.cat([bounds[bounds < length], bounds.new_tensor([length])]),
     )
 
 
-def language_input(microbatch: Microbatch, rows_RH: Tensor, shard: Shard, mesh: Mesh) -> LanguageInput:
-    """Put one microbatch on the device.
+def language_input(microbatch: Microbatch, rows_RH: Tensor, mesh: Mesh) -> LanguageInput:
+    """Put this rank's part of one microbatch on the device.
 
     Args:
         microbatch: the packed row, whole.
-        rows_RH: its visual tokens from the vision phase.
-        shard: this rank's part of the row.
+        rows_RH: this rank's visual tokens from the vision phase.
         mesh: the layout.
     """
-    device = current_device()
-    positions = microbatch.visual_positions
-    inside = positions[(positions >= shard.start) & (positions < shard.end)] - shard.start
-    bounds = microbatch.cu_seqlens.to(torch.int32)
-    longest = int((bounds[1:] - bounds[:-1]).max())
-    bounds = bounds.to(device)
-    packing = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
-    )
-    padding_BS = torch.arange(len(microbatch.tokens_S), device=device)[None] >= microbatch.num_real
-    if mesh.config.sequence and mesh.config.tensor > 1:
+    device, context = current_device(), mesh.config.context
+    order = row_order(microbatch, mesh)
+    part_S = torch.from_numpy(order.of_context_rank(mesh.context_rank, context))
+    shard = sequence_shards(mesh, len(order.order_S))[mesh.replica.rank()]
+    place = torch.from_numpy(order.place_S)[microbatch.visual_positions]
+    inside = place[(place >= shard.start) & (place < shard.end)] - shard.start
+
+    def of_this_rank(x_S: Tensor) -> Tensor:
+        return x_S[part_S].to(device)
+
+    position_S = of_this_rank(microbatch.position_S)
+    padding_BS = of_this_rank(microbatch.padding_S)[None]
+    if splits_sequence(mesh):
         # The experts' router sees this rank's part of the row alone; so must the mask.
         padding_BS = padding_BS.chunk(mesh.config.tensor, dim=1)[mesh.language.tp.rank()].contiguous()
     return LanguageInput(
-        tokens_BS=microbatch.tokens_S[None].to(device),
-        position_BS=microbatch.position_S[None].to(device),
-        labels_BS=microbatch.labels_S[None].to(device),
-        loss_kind_BS=microbatch.loss_kind_S[None].to(device).long(),
+        tokens_BS=of_this_rank(microbatch.tokens_S)[None],
+        position_BS=position_S[None],
+        labels_BS=of_this_rank(microbatch.labels_S.masked_fill(microbatch.loss_kind_S == 0, IGNORED_LABEL))[None],
+        loss_kind_BS=of_this_rank(microbatch.loss_kind_S)[None].long(),
         padding_BS=padding_BS,
-        packing=packing,
+        packing=Packing.of_row(microbatch.cu_seqlens, position_S, mesh.ring.size(), mesh.ring.rank()),
         rows_RH=rows_RH,
         index_R=inside.to(device),
+        row_index_S=part_S.to(device),
     )
 
 
@@ -133,7 +140,8 @@ def run_schedule(
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=list(chunks) if len(iterators) > 1 else chunks[0],
         num_microbatches=len(inputs),
-        seq_length=inputs[0].tokens_BS.shape[1],
+        # Megatron takes the length of the whole row and divides it by the context size.
+        seq_length=inputs[0].tokens_BS.shape[1] * chunks[0].config.context_parallel_size,
         micro_batch_size=1,
         forward_only=not train,
     )

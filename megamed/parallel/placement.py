@@ -6,7 +6,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megamed.models.language import build_language_chunks
+from megamed.models.language import AttentionConfig, build_language_chunks
 from megamed.models.vlm import FrameEncoder, VLMConfig, init_frame_encoder
 from megamed.parallel.init import init_language
 from megamed.runtime import Mesh, current_device
@@ -27,17 +27,25 @@ class PlacedModel:
         return [*self.language, self.vision]
 
 
-def place(config: VLMConfig, mesh: Mesh, dtype: torch.dtype, seed: int, distributed_optimizer: bool) -> PlacedModel:
+def place(
+    config: VLMConfig,
+    attention: AttentionConfig,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    seed: int,
+    distributed_optimizer: bool,
+) -> PlacedModel:
     """Build, initialise and wrap the parts of the model that this rank holds.
 
     Args:
         config: the model.
+        attention: how its attention is computed.
         mesh: the layout.
         dtype: type of parameters and activations; gradients are kept and reduced in fp32.
         seed: decides every initial weight, whatever the layout.
         distributed_optimizer: reduce-scatter gradients, for the distributed optimizer.
     """
-    chunks = build_language_chunks(config.language, mesh.config, mesh.language, dtype)
+    chunks = build_language_chunks(config.language, attention, mesh, dtype)
     init_language(chunks, seed, config.language.init_std, config.language.num_layers)
     with torch.device("meta"):  # in the host's memory the largest tower would take 22 GB for each rank
         encoder = FrameEncoder(config.vision, config.projector).to(dtype)

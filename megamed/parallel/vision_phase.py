@@ -17,25 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamed.data import FrameRef, Microbatch
-from megamed.parallel.exchange import Exchange, Shard, deal_frames, plan_exchange
+from megamed.parallel.exchange import Exchange, deal_frames, plan_exchange
+from megamed.parallel.frame_passes import FramePasses
 from megamed.parallel.language_phase import LanguageInput, language_input
+from megamed.parallel.sequence import row_order, sequence_shards
 from megamed.runtime import Mesh, current_device
-
-
-def sequence_shards(mesh: Mesh, seq_length: int) -> list[Shard]:
-    """Each replica rank's part of the packed row's embeddings, by rank in the replica."""
-    tensor, split = mesh.config.tensor, mesh.config.sequence and mesh.config.tensor > 1
-    shards = []
-    for rank in range(mesh.replica.size()):
-        t = rank % tensor
-        if rank >= tensor * mesh.config.context:  # past the first pipeline stage: no embeddings
-            shards.append(Shard(0, 0, False))
-        elif split:
-            length = seq_length // tensor
-            shards.append(Shard(t * length, (t + 1) * length, True))
-        else:
-            shards.append(Shard(0, seq_length, t == 0))
-    return shards
 
 
 class VisionPhase:
@@ -44,32 +30,29 @@ class VisionPhase:
     Args:
         encoder: frames [N, C, H, W] to rows [N * K, H]; Megatron's DDP around the frame encoder.
         mesh: the layout.
-        seq_length: tokens of a packed row.
         tokens_per_frame: K.
         hidden_size: H.
         dtype: type of the rows.
         frames_per_pass: frames encoded at once.
+        frames_in_flight: most frames of this rank whose activations are alive at any time; None for no bound.
     """
 
     def __init__(
         self,
         encoder: Callable[[Tensor], Tensor],
         mesh: Mesh,
-        seq_length: int,
         tokens_per_frame: int,
         hidden_size: int,
         dtype: torch.dtype,
         frames_per_pass: int,
+        frames_in_flight: int | None,
     ):
-        self.encoder = encoder
         self.mesh = mesh
         self.tokens_per_frame = tokens_per_frame
         self.hidden_size = hidden_size
         self.dtype = dtype
-        self.frames_per_pass = frames_per_pass
-        self.shards = sequence_shards(mesh, seq_length)
+        self.passes = FramePasses(encoder, tokens_per_frame, hidden_size, dtype, frames_per_pass, frames_in_flight)
         self.rank = mesh.replica.rank()
-        self._passes: list[Tensor] = []
         self._plan: Exchange | None = None
         self._rows: list[Tensor] = []
         self.num_encoded = 0
@@ -86,10 +69,10 @@ class VisionPhase:
             keep_graph: False for evaluation; `backward` must not follow.
 
         Returns:
-            For each microbatch, the rows [R, H] whose positions this rank embeds, in order of position:
+            For each microbatch, the rows [R, H] whose positions this rank embeds, frame by frame:
             leaves that collect gradients if `keep_graph`.
         """
-        owners = deal_frames([len(m.frames) for m in microbatches], len(self.shards))
+        owners = deal_frames([len(m.frames) for m in microbatches], self.mesh.replica.size())
         mine = [
             frame
             for m, owner in zip(microbatches, owners, strict=True)
@@ -97,22 +80,21 @@ class VisionPhase:
             if rank == self.rank
         ]
         self.num_encoded = len(mine)
-        self._passes = [
-            self.encoder(load(mine[i : i + self.frames_per_pass]).to(current_device(), self.dtype))
-            for i in range(0, len(mine), self.frames_per_pass)
-        ]
+        encoded = self.passes.forward(mine, load, keep_graph)
         if not any(len(m.frames) for m in microbatches):
             self._plan, self._rows = None, [self._no_rows() for _ in microbatches]
             return self._rows
-        plan = plan_exchange(
-            owners, [m.visual_positions.numpy() for m in microbatches], self.tokens_per_frame, self.shards, self.rank
-        )
-        encoded = torch.cat([p.detach() for p in self._passes]) if self._passes else self._no_rows()
-        received = self._all_to_all(encoded[_index(plan.send_index)], plan.send_splits, plan.recv_splits)
+        places = [row_order(m, self.mesh).place_S[m.visual_positions.numpy()] for m in microbatches]
+        shards = [sequence_shards(self.mesh, len(m.tokens_S)) for m in microbatches]
+        plan = plan_exchange(owners, places, self.tokens_per_frame, shards, self.rank)
+        sent = encoded[_index(plan.send_index)]
+        del encoded  # nothing holds rows longer than their way takes
+        received = self._all_to_all(sent, plan.send_splits, plan.recv_splits)
+        del sent
         rows = received[_index(plan.order)].split(plan.rows_per_microbatch)
-        self._plan = plan
-        self._rows = [r.detach().requires_grad_(keep_graph) for r in rows]
-        return self._rows
+        leaves = [r.detach().requires_grad_(keep_graph) for r in rows]
+        self._plan, self._rows = (plan, leaves) if keep_graph else (None, [])
+        return leaves
 
     def backward(self, scale: float) -> None:
         """Return the rows' gradients to their encoders and run those back.
@@ -121,27 +103,29 @@ class VisionPhase:
             scale: multiplies the gradients on the way, for what the language model's gradients are
                 scaled by outside autograd (its data-parallel reduction).
         """
-        plan, passes = self._plan, self._passes
-        if plan is not None:
-            grads = torch.cat([r.grad if r.grad is not None else torch.zeros_like(r) for r in self._rows])
-            by_source = torch.empty_like(grads)
-            by_source[_index(plan.order)] = grads
-            if sum(plan.grad_send_splits) == 0:
-                by_source = by_source[:0]
-            returned = self._all_to_all(by_source * scale, plan.grad_send_splits, plan.grad_recv_splits)
-            if passes:
-                grad = returned.new_zeros(sum(len(p) for p in passes), self.hidden_size)
-                grad[_index(plan.grad_index)] = returned
-                torch.autograd.backward(passes, list(grad.split([len(p) for p in passes])))
-        self._passes, self._rows, self._plan = [], [], None
+        plan, rows = self._plan, self._rows
+        self._rows, self._plan = [], None
+        if plan is None:
+            return
+        grads = torch.cat([r.grad if r.grad is not None else torch.zeros_like(r) for r in rows])
+        del rows  # and with them their gradients
+        by_source = torch.empty_like(grads)
+        by_source[_index(plan.order)] = grads
+        del grads
+        if sum(plan.grad_send_splits) == 0:
+            by_source = by_source[:0]
+        returned = self._all_to_all(by_source.mul_(scale), plan.grad_send_splits, plan.grad_recv_splits)
+        del by_source
+        grad = returned[_index(np.argsort(plan.grad_index))]  # each of this rank's rows has one gradient
+        del returned
+        self.passes.backward(grad)
 
     def language_inputs(self, microbatches: Sequence[Microbatch], rows: Sequence[Tensor]) -> list[LanguageInput]:
         """Join microbatches and the rows that `forward` returned for them."""
-        shard = self.shards[self.rank]
-        return [language_input(m, r, shard, self.mesh) for m, r in zip(microbatches, rows, strict=True)]
+        return [language_input(m, r, self.mesh) for m, r in zip(microbatches, rows, strict=True)]
 
     def _all_to_all(self, rows_RH: Tensor, send_splits: list[int], recv_splits: list[int]) -> Tensor:
-        if len(self.shards) == 1:  # a replica of one rank keeps what it has
+        if self.mesh.replica.size() == 1:  # a replica of one rank keeps what it has
             return rows_RH
         output = rows_RH.new_empty(sum(recv_splits), self.hidden_size)
         dist.all_to_all_single(output, rows_RH.contiguous(), recv_splits, send_splits, group=self.mesh.replica)

@@ -16,7 +16,7 @@ from megamed.runtime.device import (  # noqa: E402
     synchronize,
 )
 from megamed.runtime.mesh import Mesh, build_mesh, destroy_mesh  # noqa: E402
-from megamed.runtime.process import global_rank, run, start, stop, world_size  # noqa: E402
+from megamed.runtime.process import global_rank, ranks_per_node, run, start, stop, world_size  # noqa: E402
 from megamed.runtime.seeds import rng_state, seed_everything, set_rng_state  # noqa: E402
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "meta_device",
     "peak_memory_bytes",
     "prepare_megatron",
+    "ranks_per_node",
     "rng_state",
     "run",
     "seed_everything",

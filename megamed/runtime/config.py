@@ -20,7 +20,9 @@ class ParallelConfig:
     virtual_pipeline: int = 1
     """Chunks of layers a pipeline rank holds; above 1 selects the interleaved schedule."""
     context: int = 1
-    """Ranks that share one sequence."""
+    """Ranks that share one sequence; `attention.ring` x `attention.ulysses`."""
+    use_ring_attention: bool = False
+    """Attention over the context ranks by megamed's own ring attention; the same as `attention.backend=ring`."""
     expert: int = 1
     """Ranks that share the experts of a mixture-of-experts layer."""
     expert_tensor: int = 1
@@ -63,11 +65,6 @@ class ParallelConfig:
         _need(
             self.virtual_pipeline == 1 or self.pipeline > 1,
             f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline above 1",
-        )
-        _need(
-            self.context == 1,
-            f"parallel.context={self.context}: no attention of this version runs over several context "
-            "ranks; set parallel.context=1 and give those ranks to parallel.tensor or parallel.data",
         )
         _need(
             not (self.expert > 1 and self.tensor > 1 and not self.sequence),

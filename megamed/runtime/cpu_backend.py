@@ -66,6 +66,7 @@ def enable() -> None:
     _patch_tensor_methods()
     _patch_cuda_namespace()
     _patch_all_to_all()
+    _patch_unequal_parts()
     _import_megatron_without_compilation()
     _patch_megatron_random()
 
@@ -200,6 +201,39 @@ def _patch_all_to_all() -> None:
         return original(output, input, as_list(output_split_sizes), as_list(input_split_sizes), *a, **k)
 
     dist.all_to_all_single = all_to_all_single
+
+
+def _patch_unequal_parts() -> None:
+    """NCCL gathers and scatters parts of unequal sizes, which experts split by tensor parallelism ask for; gloo
+    takes equal ones only. An all-to-all takes both."""
+    original_gather, original_scatter = dist.all_gather, dist.reduce_scatter
+
+    def unequal(parts: list[torch.Tensor]) -> bool:
+        return len({part.shape for part in parts}) > 1
+
+    @functools.wraps(original_gather)
+    def all_gather(tensor_list: Any, tensor: Any, group: Any = None, async_op: bool = False) -> Any:
+        if async_op or not unequal(tensor_list):
+            return original_gather(tensor_list, tensor, group, async_op)
+        sizes = [len(part) for part in tensor_list]
+        whole = tensor.new_empty(sum(sizes), *tensor.shape[1:])
+        copies = torch.cat([tensor] * len(sizes))
+        dist.all_to_all_single(whole, copies, sizes, [len(tensor)] * len(sizes), group=group)
+        for part, received in zip(tensor_list, whole.split(sizes), strict=True):
+            part.copy_(received)
+
+    @functools.wraps(original_scatter)
+    def reduce_scatter(
+        output: Any, input_list: Any, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+    ) -> Any:
+        if async_op or op != dist.ReduceOp.SUM or not unequal(input_list):
+            return original_scatter(output, input_list, op, group, async_op)
+        sizes = [len(part) for part in input_list]
+        received = output.new_empty(len(sizes) * len(output), *output.shape[1:])
+        dist.all_to_all_single(received, torch.cat(input_list), [len(output)] * len(sizes), sizes, group=group)
+        torch.sum(received.unflatten(0, (len(sizes), len(output))), 0, out=output)
+
+    dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
 
 
 def _import_megatron_without_compilation() -> None:

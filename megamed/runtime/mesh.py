@@ -28,11 +28,23 @@ class Mesh:
     """The same fields for the frame encoder: all ranks are data-parallel, every other axis is 1."""
     replica: Group
     """All ranks of one model replica (tensor x context x pipeline): a microbatch's frames are dealt over it."""
+    ring: Group
+    """The context ranks with this rank's place in `ulysses`: blocks of keys and values go round over them."""
+    ulysses: Group
+    """Neighbours among the context ranks that trade sequence for heads. ring x ulysses = context."""
+    document_multiple: int = 1
+    """Lengths of packed documents are multiples of it. 1 is for attention that takes any length and rows dealt out over
+    the ring; above, documents are dealt out in equal chunks over all context ranks."""
 
     @property
     def data_rank(self) -> int:
         """Index of this rank's model replica."""
         return self.language.dp.rank()
+
+    @property
+    def context_rank(self) -> int:
+        """Index of this rank among those that share its sequence: ring rank x ulysses + ulysses rank."""
+        return self.language.cp.rank()
 
     @property
     def is_first_stage(self) -> bool:
@@ -55,11 +67,13 @@ def replica_ranks(tensor: int, context: int, pipeline: int, data: int, replica: 
     ]
 
 
-def build_mesh(config: ParallelConfig) -> Mesh:
+def build_mesh(config: ParallelConfig, ulysses: int = 1, document_multiple: int = 1) -> Mesh:
     """Create every process group of the job. Collective: all ranks call it, with the same config.
 
     Args:
         config: the layout; checked against the world size.
+        ulysses: context ranks that trade heads, a divisor of `config.context`; the ring has the rest.
+        document_multiple: what the attention needs of the lengths of documents; see `Mesh`.
 
     Raises:
         UserError: the sizes do not fit the world size.
@@ -79,12 +93,19 @@ def build_mesh(config: ParallelConfig) -> Mesh:
         [replica_ranks(config.tensor, config.context, config.pipeline, data, i) for i in range(data)], rank
     )
     alone = dist.new_group([rank], use_local_synchronization=True)  # no collective of all ranks for each
+    language = ProcessGroupCollection.use_mpu_process_groups()
+    context = dist.get_process_group_ranks(language.cp)
+    me = context.index(rank)
+    first = me - me % ulysses
     return Mesh(
         config=config,
         data_size=data,
-        language=ProcessGroupCollection.use_mpu_process_groups(),
+        language=language,
         vision=_vision_groups(alone),
         replica=replica,
+        ring=_part_of(language.cp, context[me % ulysses :: ulysses], alone),
+        ulysses=_part_of(language.cp, context[first : first + ulysses], alone),
+        document_multiple=document_multiple,
     )
 
 
@@ -101,6 +122,15 @@ def _my_group(all_ranks: list[list[int]], rank: int) -> Group:
         if rank in ranks:
             mine = group
     return mine
+
+
+def _part_of(whole: Group, ranks: list[int], alone: Group) -> Group:
+    """The group of `ranks`, which are this rank and others of `whole`; only they take part in making it."""
+    if len(ranks) == 1:
+        return alone
+    if len(ranks) == whole.size():
+        return whole
+    return dist.new_group(ranks, use_local_synchronization=True)
 
 
 def _vision_groups(alone: Group) -> ProcessGroupCollection:

@@ -44,6 +44,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def ranks_per_node() -> int:
+    """Processes of this job on one machine as torchrun set it; the world size without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 def start(timeout_minutes: float = 30.0) -> None:
     """Join the job's default process group: NCCL where there is a GPU, gloo elsewhere.
 

@@ -21,6 +21,7 @@ class SyntheticSource:
         image_size: side of a frame in pixels.
         vocab_size: tokens to draw from.
         plan: frames of each document, by microbatch; repeated over and over.
+        document_multiple: documents are filled up to a multiple of it.
     """
 
     def __init__(
@@ -30,9 +31,11 @@ class SyntheticSource:
         image_size: int = 28,
         vocab_size: int = 250,
         plan: Sequence[Sequence[int]] = MIXED,
+        document_multiple: int = 1,
     ):
         self.seq_length, self.tokens_per_frame = seq_length, tokens_per_frame
         self.image_size, self.vocab_size, self.plan = image_size, vocab_size, plan
+        self.document_multiple = document_multiple
 
     def microbatch(self, index: int) -> Microbatch:
         """The microbatch with this index."""
@@ -40,13 +43,17 @@ class SyntheticSource:
         tokens = np.zeros(self.seq_length, np.int64)
         kinds = np.zeros(self.seq_length, np.uint8)
         positions = np.zeros(self.seq_length, np.int64)
+        padding = np.ones(self.seq_length, bool)
         visual: list[int] = []
         bounds, cursor, frames = [0], 0, []
-        for num_frames in self.plan[index % len(self.plan)]:
+        plan = self.plan[index % len(self.plan)]
+        for num_frames in plan:
             text = int(rng.integers(5, 9))
             length = text + num_frames * self.tokens_per_frame
             tokens[cursor : cursor + length] = rng.integers(1, self.vocab_size, length)
-            positions[cursor : cursor + length] = np.arange(length)
+            padding[cursor : cursor + length] = False
+            filled = -(-length // self.document_multiple) * self.document_multiple
+            positions[cursor : cursor + filled] = np.arange(filled)
             split = text // 2  # text, frames, then labelled text
             visual += range(cursor + split, cursor + length - (text - split))
             kinds[cursor : cursor + split - 1] = 1
@@ -54,7 +61,7 @@ class SyntheticSource:
             frames += [
                 FrameRef(first=index, num_volumes=num_frames, index=i + 100 * len(bounds)) for i in range(num_frames)
             ]
-            cursor += length
+            cursor += filled
             bounds.append(cursor)
         positions[cursor:] = np.arange(self.seq_length - cursor)
         if cursor < self.seq_length:
@@ -65,10 +72,11 @@ class SyntheticSource:
             loss_kind_S=torch.from_numpy(kinds),
             position_S=torch.from_numpy(positions),
             cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-            num_real=cursor,
+            num_real=int((~padding).sum()),
+            padding_S=torch.from_numpy(padding),
             visual_positions=torch.tensor(visual, dtype=torch.int64),
             frames=frames,
-            sample_ids=[f"synthetic-{index}"],
+            sample_ids=[f"synthetic-{index}.{i}" for i in range(len(plan))],
         )
 
     def load_frames(self, frames: Sequence[FrameRef]) -> Tensor:

@@ -7,9 +7,10 @@ import torch
 
 from megamed.checkpoint import CheckpointConfig
 from megamed.data import DataConfig
+from megamed.models.language import AttentionConfig, check_backend
 from megamed.models.vlm import VLMConfig
 from megamed.optim import OptimConfig
-from megamed.runtime import ParallelConfig, default_dtype
+from megamed.runtime import ParallelConfig, default_dtype, ranks_per_node
 from megamed.utils import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -74,6 +75,7 @@ class JobConfig:
 
     model: VLMConfig = field(default_factory=VLMConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -81,6 +83,20 @@ class JobConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    @property
+    def ulysses(self) -> int:
+        """Context ranks that trade heads, as set or picked; the ring has the others.
+
+        Raises:
+            UserError: what is set does not fit.
+        """
+        return self.attention.split(self.model.language, self.parallel, ranks_per_node())[1]
+
+    @property
+    def document_multiple(self) -> int:
+        """What the length of every packed document has to be a multiple of; 1 for megamed's own attention."""
+        return self.attention.document_multiple(self.parallel)
 
     def validate(self, world_size: int) -> None:
         """Check all that can be checked before any process group exists.
@@ -91,6 +107,8 @@ class JobConfig:
         data_size = self.parallel.data_size(world_size)
         self.model.validate()
         self.model.language.validate(self.parallel)
+        self.attention.validate(self.model.language, self.parallel)
+        check_backend(self.attention, self.parallel, self.train.torch_dtype)
         if self.train.microbatches % data_size:
             raise UserError(
                 f"train.microbatches={self.train.microbatches} does not divide by the {data_size} model replicas",
@@ -103,9 +121,19 @@ class JobConfig:
                 f"({per_replica}) to divide by parallel.pipeline={self.parallel.pipeline}; change train.microbatches",
                 everywhere=True,
             )
-        if self.parallel.sequence and self.data.seq_length % self.parallel.tensor:
+        parts = self.parallel.context * (self.parallel.tensor if self.parallel.sequence else 1)
+        if self.data.seq_length % self.document_multiple:
             raise UserError(
-                f"data.seq_length={self.data.seq_length} does not divide by parallel.tensor={self.parallel.tensor}",
+                f"data.seq_length={self.data.seq_length} has to be a multiple of 2 x parallel.context = "
+                f"{self.document_multiple} with attention.backend={self.attention.backend}",
+                everywhere=True,
+            )
+        if self.data.seq_length % parts:
+            tensor = f" x parallel.tensor={self.parallel.tensor}" if self.parallel.sequence else ""
+            raise UserError(
+                f"data.seq_length={self.data.seq_length} does not divide by "
+                f"parallel.context={self.parallel.context}{tensor}; "
+                f"{-(-self.data.seq_length // parts) * parts} does",
                 everywhere=True,
             )
         if self.train.text_loss_weight < 0:

@@ -35,15 +35,15 @@ def build_job(config: JobConfig, mesh: Mesh) -> Job:
         mesh: the layout.
     """
     dtype = config.train.torch_dtype
-    model = place(config.model, mesh, dtype, config.train.seed, config.optim.distributed)
+    model = place(config.model, config.attention, mesh, dtype, config.train.seed, config.optim.distributed)
     phase = VisionPhase(
         model.vision,
         mesh,
-        seq_length=config.data.seq_length,
         tokens_per_frame=model.vision.module.tokens_per_frame,
         hidden_size=config.model.language.hidden_size,
         dtype=dtype,
         frames_per_pass=config.model.frames_per_pass,
+        frames_in_flight=config.model.frames_in_flight,
     )
     parts = [(model.language, mesh.language), ([model.vision], mesh.vision)]
     optimizer = build_optimizer(config.optim, parts, dtype)

@@ -22,8 +22,8 @@ def step_flops(model: VLMConfig, microbatches: Sequence[Microbatch]) -> int:
     total = 0
     language, moe = model.language, model.language.moe
     for microbatch in microbatches:
-        bounds = microbatch.cu_seqlens.clamp(max=microbatch.num_real)
-        lengths = [n for n in (bounds[1:] - bounds[:-1]).tolist() if n]
+        real_before = torch.cat([torch.zeros(1, dtype=torch.int64), (~microbatch.padding_S).cumsum(0)])
+        lengths = [n for n in real_before[microbatch.cu_seqlens.long()].diff().tolist() if n]
         total += language_flops(
             lengths,
             hidden_size=language.hidden_size,
@@ -38,6 +38,7 @@ def step_flops(model: VLMConfig, microbatches: Sequence[Microbatch]) -> int:
             moe_intermediate_size=moe.intermediate_size,
             shared_intermediate_size=moe.shared_intermediate_size,
             first_dense_layers=moe.first_dense_layers,
+            num_labels=int(microbatch.loss_kind_S.count_nonzero()),
         ).total
     num_frames = sum(len(m.frames) for m in microbatches)
     total += vision_flops(model.vision, num_frames).total

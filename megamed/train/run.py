@@ -31,6 +31,9 @@ _VISION_SIZES = (
 _LANGUAGE_SIZES = (
     "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "max_positions"
 )
+_NOT_OF_THE_WEIGHTS = (
+    "recompute", "frames_per_pass", "frames_in_flight", "dispatcher", "aux_loss_coeff", "z_loss_coeff", "name"
+)
 
 
 def check_values(config: JobConfig) -> None:
@@ -45,6 +48,7 @@ def check_values(config: JobConfig) -> None:
         *((f"model.vision.{key}", getattr(config.model.vision, key)) for key in _VISION_SIZES),
         *((f"model.language.{key}", getattr(config.model.language, key)) for key in _LANGUAGE_SIZES),
         ("model.frames_per_pass", config.model.frames_per_pass),
+        *[("model.frames_in_flight", n) for n in [config.model.frames_in_flight] if n is not None],
         ("train.steps", config.train.steps),
         ("train.microbatches", config.train.microbatches),
         ("eval.max_new_tokens", config.eval.max_new_tokens),
@@ -215,7 +219,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")
-        elif key not in ("recompute", "frames_per_pass", "dispatcher", "aux_loss_coeff", "z_loss_coeff", "name"):
+        elif key not in _NOT_OF_THE_WEIGHTS:
             flat[f"{prefix}{key}"] = value
     return flat
 

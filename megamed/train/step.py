@@ -78,7 +78,8 @@ class Stepper:
         for part in self.model.parts:
             part.zero_grad_buffer()
         report = self._phases(microbatches, load)
-        self.phase.backward(scale=1.0 / self.mesh.data_size)
+        # What Megatron's DDP divides the language model's gradients by, after the backward pass.
+        self.phase.backward(scale=1.0 / (self.mesh.data_size * self.mesh.config.context))
         self.model.vision.finish_grad_sync()
         return report
 

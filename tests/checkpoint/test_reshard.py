@@ -47,7 +47,7 @@ def train(layout: Layout, experts: int, folder: str, steps: tuple[int, int], var
     config.data.seq_length = SEQ_LENGTH
     config.train.steps = END
     config.train.seed = 1 + steps[0]  # so that a load that left anything out would show
-    mesh = build_mesh(config.parallel)
+    mesh = build_mesh(config.parallel, config.ulysses)
     seed_everything(1, mesh.data_rank)
     job = build_job(config, mesh)
     source = SyntheticSource(SEQ_LENGTH)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megamed.data import FrameRef
 from megamed.generate import greedy
+from megamed.models.language import Packing
 from megamed.models.vlm import embed_with_visual_tokens
 from megamed.optim import OptimConfig
 from megamed.runtime import ParallelConfig, build_mesh, seed_everything
@@ -54,7 +55,7 @@ def _job(parallel: dict[str, Any], experts: int) -> Any:
     config.parallel = ParallelConfig(**parallel)
     config.optim = OptimConfig()
     config.data.seq_length = SEQ_LENGTH
-    mesh = build_mesh(config.parallel)
+    mesh = build_mesh(config.parallel, config.ulysses)
     seed_everything(1, mesh.data_rank)
     return build_job(config, mesh)
 
@@ -76,20 +77,11 @@ def one_by_one() -> list[list[int]]:
                 index = torch.tensor(question.visual_positions, dtype=torch.int64)
                 embedded = embed_with_visual_tokens(model, ids, places, rows, index)
                 bounds = torch.tensor([0, len(tokens)], dtype=torch.int32)
-                packing = _packing(bounds)
+                packing = Packing.of_row(bounds)
                 logits: Tensor = model(ids, places, None, decoder_input=embedded, packed_seq_params=packing)
                 tokens.append(int(logits[0, -1, :VOCAB].argmax()))
         answers.append(tokens[len(question.prompt_tokens) :])
     return answers
-
-
-def _packing(bounds: Tensor) -> Any:
-    from megatron.core.packed_seq_params import PackedSeqParams
-
-    longest = int(bounds[-1])
-    return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
-    )
 
 
 @pytest.fixture(scope="module")

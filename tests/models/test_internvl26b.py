@@ -26,31 +26,34 @@ LAYER_MATRICES = HIDDEN * (48 + 8 + 8) * 128 + HIDDEN * HIDDEN + 3 * HIDDEN * IN
 LAYER_NORMS = 2 * HIDDEN
 
 
-def job() -> JobConfig:
-    return load(JobConfig, compose(CONF, "pretrain", ["+exp=internvl26b", "data.tokenizer=bytes"]))
+def job(experiment: str = "internvl26b") -> JobConfig:
+    return load(JobConfig, compose(CONF, "pretrain", [f"+exp={experiment}", "data.tokenizer=bytes"]))
 
 
-def build_rank(rank: int, config: JobConfig, world_size: int) -> tuple[Shapes, bool]:
-    """Shapes of the language model's parameters on one rank, and whether all are bf16 on the meta device."""
+def build_rank(rank: int, config: JobConfig, world_size: int) -> tuple[Shapes, bool, dict[str, int]]:
+    """Shapes of the language model's parameters on one rank, whether all are bf16 on the meta device, and the
+    sizes of the rank's groups."""
     dist.destroy_process_group()  # the one of the test's real ranks
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    mesh = runtime.build_mesh(config.parallel)
+    mesh = runtime.build_mesh(config.parallel, config.ulysses)
     runtime.seed_everything(1234, mesh.data_rank)
     with runtime.meta_device():
         (chunk,) = build_language_chunks(
-            config.model.language, config.parallel, mesh.language, torch.bfloat16
+            config.model.language, config.attention, mesh, torch.bfloat16
         )
     parameters = dict(chunk.named_parameters())
     assert not list(chunk.buffers())
     right = all(p.is_meta and p.dtype == torch.bfloat16 for p in parameters.values())
-    return {name: tuple(p.shape) for name, p in parameters.items()}, right
+    groups = {"ring": mesh.ring, "ulysses": mesh.ulysses, "context": mesh.language.cp, "expert": mesh.language.ep}
+    sizes = {name: group.size() for name, group in groups.items()}
+    return {name: tuple(p.shape) for name, p in parameters.items()}, right, sizes
 
 
 def shapes_on(ranks: RankPool, rank: int, world_size: int = 8, **parallel: int | bool) -> Shapes:
     config = job()
     for key, value in parallel.items():
         setattr(config.parallel, key, value)
-    shapes, on_meta_in_bf16 = ranks.run(build_rank, 1, rank, config, world_size)[0]
+    shapes, on_meta_in_bf16, _ = ranks.run(build_rank, 1, rank, config, world_size)[0]
     assert on_meta_in_bf16
     return shapes
 
@@ -82,6 +85,21 @@ def test_a_rank_of_tensor_4_pipeline_2(rank: int, ranks: RankPool) -> None:
     assert ("decoder.final_layernorm.weight" in shapes) == last_stage
     assert shapes["decoder.layers.0.self_attention.linear_qkv.weight"] == ((48 + 8 + 8) * 128 // 4, HIDDEN)
     assert shapes["decoder.layers.0.mlp.linear_fc1.weight"] == (2 * INTERMEDIATE // 4, HIDDEN)
+
+
+@pytest.mark.parametrize("rank", [0, 63])
+def test_a_rank_of_the_64_gpu_layout(rank: int, ranks: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = job("gpu64")
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    config.validate(64)
+    config.attention.ring, config.attention.ulysses = 4, config.ulysses  # as picked: ranks know no torchrun
+    shapes, _, sizes = ranks.run(build_rank, 1, rank, config, 64)[0]
+    assert sizes == {"ring": 4, "ulysses": 2, "context": 8, "expert": 2}
+    experts = [shape for name, shape in shapes.items() if ".experts." in name]
+    # 8 experts over 2 ranks and each over 4 more; two matrices, the first for gate and up; 24 of 48 layers.
+    assert len(experts) == LAYERS // 2 * 4 * 2
+    assert set(experts) == {(2 * 8192 // 4, HIDDEN), (HIDDEN, 8192 // 4)}
 
 
 def test_internvit_6b_has_its_published_size() -> None:

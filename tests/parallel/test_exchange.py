@@ -27,10 +27,11 @@ def layouts() -> list[list[Shard]]:
         [Shard(0, 20, True), Shard(20, 40, True)],  # with sequence parallelism
         [whole, Shard(0, 0, False)],  # pipeline parallel
         [Shard(0, 20, True), Shard(20, 40, True), Shard(0, 0, False), Shard(0, 0, False)],
+        [Shard(0, 20, True), Shard(0, 20, False), Shard(20, 40, True), Shard(20, 40, False)],  # TP x CP
     ]
 
 
-@pytest.mark.parametrize("shards", layouts(), ids=["one", "TP", "TP + SP", "PP", "TP + SP x PP"])
+@pytest.mark.parametrize("shards", layouts(), ids=["one", "TP", "TP + SP", "PP", "TP + SP x PP", "TP x CP"])
 @pytest.mark.parametrize("num_frames", [[5, 0, 1, 3], [0, 2], [1]])
 def test_rows_arrive_where_they_belong_and_gradients_return(shards: list[Shard], num_frames: list[int]) -> None:
     tokens, ranks = 3, range(len(shards))
@@ -41,7 +42,7 @@ def test_rows_arrive_where_they_belong_and_gradients_return(shards: list[Shard],
     row_position = np.concatenate(positions)
     row_microbatch = np.repeat(np.arange(len(positions)), [len(p) for p in positions])
     rows = np.arange(len(row_owner))
-    plans = [plan_exchange(owners, positions, tokens, shards, me) for me in ranks]
+    plans = [plan_exchange(owners, positions, tokens, [shards] * len(num_frames), me) for me in ranks]
 
     def all_to_all(buffers: list[np.ndarray], send: list[list[int]], recv: list[list[int]]) -> list[np.ndarray]:
         cut = [np.split(b, np.cumsum(s)[:-1]) for b, s in zip(buffers, send, strict=True)]

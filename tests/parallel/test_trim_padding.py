@@ -37,8 +37,15 @@ def test_rows_end_behind_their_last_document(lengths: tuple[int, ...], kept: int
     assert cut.num_real == whole.num_real and not whole.loss_kind_S[kept:].any()
 
 
-@pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"tensor": 2, "sequence": True}, {"expert": 2}])
+@pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"expert": 2}])
 def test_rows_that_other_ranks_count_on_stay_whole(parallel: dict[str, Any]) -> None:
     whole = row(10, 7)
     assert trim_padding([whole], mesh(**parallel)) == [whole]
-    assert len(trim_padding([whole], mesh(tensor=2))[0].tokens_S) == 32
+
+
+@pytest.mark.parametrize(
+    ("parallel", "kept"),
+    [({"tensor": 2}, 32), ({"tensor": 2, "sequence": True}, 32), ({"context": 4}, 64), ({"context": 3}, 48)],
+)
+def test_rows_divide_over_the_ranks_that_share_them(parallel: dict[str, Any], kept: int) -> None:
+    assert len(trim_padding([row(10, 7, seq_length=96)], mesh(**parallel))[0].tokens_S) == kept

@@ -6,8 +6,10 @@ import textwrap
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megamed.runtime import cpu_backend
+from megamed.testing.ranks import RankPool
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -115,3 +117,23 @@ class TestAnswers:
             event.wait()
             assert event.query()
         torch.cuda.synchronize()
+
+
+def unequal_parts() -> tuple[list[float], list[float], list[float]]:
+    """Gather parts of 1, 2 and 3 rows, scatter parts of as many, and gather equal ones, on three ranks."""
+    rank, sizes = dist.get_rank(), [1, 2, 3]
+    gathered = [torch.empty(size, 1) for size in sizes]
+    dist.all_gather(gathered, torch.full((sizes[rank], 1), rank + 1.0))
+    scattered = torch.empty(sizes[rank], 1)
+    dist.reduce_scatter(scattered, [torch.full((size, 1), 10.0 ** rank * size) for size in sizes])
+    equal = [torch.empty(1) for _ in sizes]
+    dist.all_gather(equal, torch.tensor([float(rank)]))
+    return torch.cat(gathered).flatten().tolist(), scattered.flatten().tolist(), torch.cat(equal).tolist()
+
+
+@pytest.mark.skipif(not cpu_backend.is_enabled(), reason="a GPU is present, so the CPU backend is off")
+def test_parts_of_unequal_sizes_are_gathered_and_scattered(ranks: RankPool) -> None:
+    for size, (gathered, scattered, equal) in zip((1, 2, 3), ranks.run(unequal_parts, 3), strict=True):
+        assert gathered == [1, 2, 2, 3, 3, 3]
+        assert scattered == [111.0 * size] * size
+        assert equal == [0, 1, 2]

@@ -34,7 +34,6 @@ def test_data_size_is_what_the_other_sizes_leave() -> None:
             "expert 4 x expert_tensor 1 = 4 does not divide tensor 1 x context 1 x data 2 = 2",
         ),
         (ParallelConfig(virtual_pipeline=2), 1, "parallel.virtual_pipeline=2 needs parallel.pipeline above 1"),
-        (ParallelConfig(context=2), 2, "parallel.context=2: no attention of this version"),
         (ParallelConfig(expert=2, tensor=2), 2, "parallel.expert with parallel.tensor needs parallel.sequence=true"),
     ],
 )

@@ -18,16 +18,17 @@ from megamed.utils import UserError
 SEQ_LENGTH = 64
 
 
-def make_job(**changes: Any) -> Any:
+def make_job(kernel: Any = "auto", **changes: Any) -> Any:
     config = JobConfig()
     config.model = tiny_vlm()
     config.parallel = ParallelConfig()
     config.optim = OptimConfig(lr=1e-2)
     config.data.seq_length = SEQ_LENGTH
     config.train.steps, config.train.microbatches = 3, 2
+    config.attention.kernel = kernel
     for key, value in changes.items():
         setattr(config.train, key, value)
-    mesh = build_mesh(config.parallel)
+    mesh = build_mesh(config.parallel, config.ulysses)
     seed_everything(1, mesh.data_rank)
     return build_job(config, mesh)
 
@@ -68,10 +69,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing(ranks: Any) -> None:
 
 
 def counted() -> tuple[int, int]:
-    job = make_job()
+    job = make_job(kernel="math")
     source = SyntheticSource(SEQ_LENGTH)
     microbatches = [source.microbatch(i) for i in range(2)]
-    # torch's counter does not know the CPU's flash kernel; the plain one computes every score, masked or not.
+    # torch's counter does not know the CPU's flash kernels; the plain ones compute every score, masked or not.
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         job.stepper.gradients(microbatches, source.load_frames)
     return step_flops(job.config.model, microbatches), counter.get_total_flops()

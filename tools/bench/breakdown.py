@@ -52,8 +52,8 @@ class Stopwatch:
 def _watched(job: Job, watch: Stopwatch) -> Iterator[None]:
     """Time the job's parts for a while: the two phases and their models, and the gradients as a whole."""
     phase, stepper = job.phase, job.stepper
-    encoder = phase.encoder
-    phase.encoder = watch.around("encoder", encoder)
+    encoder = phase.passes.encoder
+    phase.passes.encoder = watch.around("encoder", encoder)
     phase.forward = watch.around("vision phase", phase.forward)  # type: ignore[method-assign]
     phase.backward = watch.around("vision backward", phase.backward)  # type: ignore[method-assign]
     stepper.gradients = watch.around("gradients", stepper.gradients)  # type: ignore[method-assign]
@@ -64,7 +64,7 @@ def _watched(job: Job, watch: Stopwatch) -> Iterator[None]:
     try:
         yield
     finally:
-        phase.encoder = encoder
+        phase.passes.encoder = encoder
         del phase.forward, phase.backward, stepper.gradients  # the class's own again
         for hook in hooks:
             hook.remove()

@@ -35,13 +35,16 @@ def build_model(config: VLMConfig, image_token_id: int) -> nn.Module:
     """The same model in transformers, its weights drawn by transformers.
 
     Raises:
-        UserError: the language model is not a Qwen3.
+        UserError: the language model is not a Qwen3, or its RoPE is stretched.
     """
     from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen3Config
 
     vision, language = config.vision, config.language
-    if not language.qk_norm or language.moe.num_experts:
-        raise UserError("the comparison is made for a dense model with model.language.qk_norm=true (Qwen3)")
+    if not language.qk_norm or language.moe.num_experts or language.rotary.scaling != "none":
+        raise UserError(
+            "the comparison is made for a dense model with model.language.qk_norm=true (Qwen3) and "
+            "model.language.rotary.scaling=none"
+        )
     theirs = InternVLConfig(
         vision_config=InternVLVisionConfig(
             hidden_size=vision.hidden_size,
@@ -66,7 +69,7 @@ def build_model(config: VLMConfig, image_token_id: int) -> nn.Module:
             head_dim=language.kv_channels,
             rms_norm_eps=language.norm_eps,
             max_position_embeddings=language.max_positions,
-            rope_parameters={"rope_type": "default", "rope_theta": language.rotary_base},
+            rope_parameters={"rope_type": "default", "rope_theta": language.rotary.base},
             tie_word_embeddings=language.tie_embeddings,
             use_cache=False,
         ),

@@ -54,7 +54,7 @@ def build_slice(conf: Path, args: argparse.Namespace) -> Slice:
         narrow(config.model)
     layers = args.layers or layers_that_fit(config.model)
     config.model.vision.num_layers = config.model.language.num_layers = layers
-    mesh = runtime.build_mesh(config.parallel)
+    mesh = runtime.build_mesh(config.parallel, config.ulysses)
     config.validate(1)
     runtime.seed_everything(config.train.seed, mesh.data_rank)
     job = train.build_job(config, mesh)

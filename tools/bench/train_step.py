@@ -118,7 +118,7 @@ def compare(args: argparse.Namespace) -> None:
     overrides = ["+exp=fmri", "optim.warmup_steps=0", f"train.dtype={dtype}", *args.overrides]
     config = load(train.JobConfig, compose(CONF, "pretrain", overrides))
     say("building both models")
-    mesh = runtime.build_mesh(config.parallel)
+    mesh = runtime.build_mesh(config.parallel, config.ulysses)
     runtime.seed_everything(config.train.seed, mesh.data_rank)
     job = train.build_job(config, mesh)
     tokenizer = data.load_tokenizer(config.data.tokenizer)

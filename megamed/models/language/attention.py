@@ -1,91 +1,82 @@
-"""Rotary positions and causal attention over packed documents: the core-attention module of the layer spec.
+"""The core-attention module of the layer spec: rotary positions, then attention over packed documents.
 
-Shapes: T tokens of the packed row, N query heads, G key/value heads (G divides N), X either; D head width.
+Shapes: T tokens of the packed row that this rank holds, N query heads, G key/value heads (G divides N), D head width.
 """
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-
-def rotary_table(packing: PackedSeqParams, like_TXD: Tensor, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE (Su et al., 2021, arXiv:2104.09864), positions counted in each document.
-
-    Args:
-        packing: `cu_seqlens_q` are the documents' bounds, starting with 0 and ending with T.
-        like_TXD: what is to be rotated; only its sizes, type and device count.
-        base: the longest wavelength over 2 pi.
-
-    Returns:
-        Two tensors [T, 1, D] for `rotate`: the halves of the cosines are equal, those of the sines opposite.
-        They are kept with the packing, since every layer of a microbatch asks for the same ones.
-    """
-    known = vars(packing)
-    if "rotary_table" not in known:
-        bounds, device = packing.cu_seqlens_q, like_TXD.device
-        num_tokens, _, head_dim = like_TXD.shape
-        index_T = torch.arange(num_tokens, dtype=bounds.dtype, device=device)
-        # Without a wait for the GPU: the bounds' values are not looked at on the host.
-        document_T = torch.searchsorted(bounds[1:], index_T, right=True)
-        position_T = (index_T - bounds[document_T]).float()
-        frequency = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-        angle = torch.outer(position_T, frequency)[:, None]
-        cos, sin = angle.cos().to(like_TXD.dtype), angle.sin().to(like_TXD.dtype)
-        known["rotary_table"] = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-    return known["rotary_table"]
+from megamed.models.language.rotary import RotaryConfig, rotary_table, rotate
+from megamed.ops.ring_plan import RingPlan, plan_ring
+from megamed.runtime import current_device
 
 
-def rotate(x_TXD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D / 2]) by its position's angle; arguments from `rotary_table`."""
-    return torch.addcmul(x_TXD * cos_T1D, x_TXD.roll(x_TXD.shape[-1] // 2, -1), sin_T1D)
+@dataclass
+class Packing(PackedSeqParams):
+    """What the layers are told of a packed row: Megatron's bounds of the documents, and this rank's part of it."""
+
+    position_T: Tensor | None = None
+    """Position of each of this rank's tokens in its document."""
+    plan: RingPlan | None = None
+    """What this rank computes at each step of the ring."""
+    tables: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Rotary tables, which every layer of a microbatch asks for again."""
+
+    @classmethod
+    def of_row(
+        cls, cu_seqlens: Tensor, position_T: Tensor | None = None, ring_size: int = 1, ring_rank: int = 0
+    ) -> "Packing":
+        """Describe a packed row.
+
+        Args:
+            cu_seqlens: the documents' bounds in the whole row, starting with 0; on the host.
+            position_T: positions of the tokens that this rank holds, on its device; None for the whole row in order.
+            ring_size: ranks that blocks of keys and values go round over.
+            ring_rank: this rank among them.
+        """
+        lengths = cu_seqlens.diff()
+        if position_T is None:
+            position_T = torch.cat([torch.arange(n) for n in lengths.tolist()]).to(current_device())
+        bounds, longest = cu_seqlens.int().to(position_T.device), int(lengths.max())
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            position_T=position_T,
+            plan=plan_ring(cu_seqlens.numpy(), ring_size, ring_rank, position_T.device),
+        )
 
 
-def packed_causal_attention(q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, packing: PackedSeqParams) -> Tensor:
-    """Softmax attention in which a token sees itself and earlier tokens of its own document.
+class Attend(Protocol):
+    """Softmax attention in which a token sees itself and earlier tokens of its own document."""
 
-    Args:
-        q_TND, k_TGD, v_TGD: queries, keys, values; grouped-query attention where G < N.
-        packing: `cu_seqlens_q` are the documents' bounds, starting with 0 and ending with T;
-            `max_seqlen_q` is the longest document.
-
-    Returns:
-        The attended values, [T, N, D].
-    """
-    if q_TND.is_cuda and q_TND.dtype != torch.float32:
-        # torch's variable-length flash attention needs no loop, hence no wait for the bounds' values.
-        # It has no fp32 kernel.
-        from torch.nn.attention.varlen import varlen_attn
-
-        repeat = q_TND.shape[1] // k_TGD.shape[1]
-        k_TND, v_TND = k_TGD.repeat_interleave(repeat, 1), v_TGD.repeat_interleave(repeat, 1)
-        bounds, longest = packing.cu_seqlens_q, packing.max_seqlen_q
-        out = varlen_attn(q_TND, k_TND, v_TND, bounds, bounds, longest, longest, window_size=(-1, 0))
-        assert isinstance(out, Tensor)
-        return out
-    lengths = packing.cu_seqlens_q.diff().tolist()
-    parts = []
-    # Split, not sliced: the backward pass of a slice fills a gradient of the whole row's size.
-    for q, k, v in zip(*(x.split(lengths) for x in (q_TND, k_TGD, v_TGD)), strict=True):
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        parts.append(out[0].transpose(0, 1))
-    return torch.cat(parts)
+    def __call__(self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, packing: Packing) -> Tensor: ...
 
 
-class PackedCausalAttention(nn.Module):
-    """RoPE and `packed_causal_attention`, with the constructor and call that Megatron's attention layer expects.
+class BuildAttend(Protocol):
+    """Makes one layer's `Attend` from what Megatron gives its core attention's constructor."""
+
+    def __call__(self, config: TransformerConfig, **kwargs: Any) -> Attend: ...
+
+
+class RotaryAttention(nn.Module):
+    """RoPE and an attention backend, with the constructor and call that Megatron's attention layer expects.
 
     Megatron's own RoPE goes through a packed row document by document, in every layer and once for queries
-    and once for keys, and on a GPU waits for the bounds each time.
+    and once for keys, and knows one layout over context ranks only.
     """
 
-    def __init__(self, config: TransformerConfig, rotary_base: float, **_: Any):
+    def __init__(self, config: TransformerConfig, rotary: RotaryConfig, build: BuildAttend, **kwargs: Any):
         super().__init__()
-        self.rotary_base = rotary_base
+        self.rotary = rotary
+        self.attend = build(config=config, **kwargs)
 
     def forward(
         self,
@@ -95,10 +86,14 @@ class PackedCausalAttention(nn.Module):
         attention_mask: Tensor | None,
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: Packing | None = None,
     ) -> Tensor:
         """q [T, N, D], k and v [T, G, D], not yet rotated, to [T, N * D]."""
-        assert packed_seq_params is not None, "megamed packs every batch"
-        cos, sin = rotary_table(packed_seq_params, query, self.rotary_base)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        return packed_causal_attention(query, key, value, packed_seq_params).flatten(1)
+        packing = packed_seq_params
+        assert packing is not None and packing.position_T is not None, "megamed packs every batch"
+        kind = (query.shape[-1], query.dtype)
+        if kind not in packing.tables:
+            packing.tables[kind] = rotary_table(packing.position_T, query.shape[-1], self.rotary, query.dtype)
+        cos_T1D, sin_T1D = packing.tables[kind]
+        query, key = rotate(query, cos_T1D, sin_T1D), rotate(key, cos_T1D, sin_T1D)
+        return self.attend(query, key, value, packing).flatten(1)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megamed.models.language.rotary import RotaryConfig
 from megamed.models.moe.config import MoEConfig
 from megamed.runtime import ParallelConfig, device_type
 from megamed.utils import UserError
@@ -31,7 +32,7 @@ class LanguageConfig:
     intermediate_size: int = 16384
     """Width of the dense SwiGLU MLP."""
     norm_eps: float = 1e-5
-    rotary_base: float = 1e6
+    rotary: RotaryConfig = field(default_factory=RotaryConfig)
     max_positions: int = 32768
     """Longest document the model is made for, in tokens."""
     qkv_bias: bool = False
@@ -66,6 +67,12 @@ class LanguageConfig:
         _divides("parallel.tensor", parallel.tensor, "model.language.intermediate_size", self.intermediate_size)
         _divides("parallel.tensor", parallel.tensor, "the padded vocabulary", self.padded_vocab_size)
         _divides("model.language.num_kv_heads", self.num_kv_heads, "model.language.num_heads", self.num_heads)
+        if self.kv_channels % 2 or self.kv_channels < 4:
+            raise UserError(
+                f"heads of width {self.kv_channels} cannot be rotated: model.language.head_dim, or hidden_size / "
+                "num_heads, has to be an even number above 2",
+                everywhere=True,
+            )
         chunks = parallel.pipeline * parallel.virtual_pipeline
         _divides("parallel.pipeline x parallel.virtual_pipeline", chunks, "model.language.num_layers", self.num_layers)
         if self.moe.num_experts:

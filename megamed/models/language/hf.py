@@ -83,7 +83,7 @@ def from_hf(state_dict: Mapping[str, Tensor], config: LanguageConfig, family: Fa
         UserError: a name that the family does not have, a missing part of a fused weight, or a size that is
             not the configuration's.
     """
-    # Old checkpoints carry these buffers; their values follow from `rotary_base`.
+    # Old checkpoints carry these buffers; their values follow from `rotary`.
     weights = {name: x for name, x in state_dict.items() if not name.endswith("rotary_emb.inv_freq")}
     ours = _join_qkv(to_ours(TABLES[family], weights), config)
     if config.tie_embeddings and (output := ours.pop(_OUTPUT, None)) is not None:

@@ -1,63 +1,105 @@
-"""Builds the chunks of Megatron's `GPTModel` that one rank holds."""
+"""Megatron's `GPTModel`, with losses that need no logits, and the chunks of it that one rank holds.
+
+Shapes: S tokens of a packed row, B = 1, H hidden size.
+"""
 
 from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megamed.models.language.attention import BuildAttend
+from megamed.models.language.attention_config import AttentionConfig
+from megamed.models.language.backends import build_attend
 from megamed.models.language.config import LanguageConfig
 from megamed.models.language.spec import decoder_block_spec
-from megamed.runtime import ParallelConfig, has_transformer_engine
+from megamed.ops.cross_entropy import chunked_cross_entropy
+from megamed.runtime import Mesh, has_transformer_engine
+
+
+class LanguageModel(GPTModel):
+    """Megatron's GPTModel, whose losses come from the decoder's output without the row's logits ever existing.
+
+    Called with labels it returns losses [B, S] (0 where the label is `IGNORED_LABEL`), else logits, this rank's
+    part of the vocabulary. Either way the padded vocabulary has no probability.
+
+    Args:
+        num_words: size of the vocabulary without padding.
+        arguments: those of `GPTModel`.
+    """
+
+    def __init__(self, num_words: int, **arguments: Any):
+        super().__init__(**arguments)
+        tp = self.pg_collection.tp
+        shard = self.vocab_size // tp.size()
+        self.num_real_words = min(max(num_words - tp.rank() * shard, 0), shard)
+        if self.post_process and self.num_real_words < shard:
+            _silence_padding(self.output_layer, self.num_real_words)
+
+    def _postprocess(
+        self, hidden_states: Tensor, input_ids: Tensor, position_ids: Tensor, labels: Tensor | None, **others: Any
+    ) -> Tensor:
+        """Both megatron-core 0.16 and 0.19 end `GPTModel.forward` with this call."""
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states, input_ids, position_ids, labels, **others)
+        tied = self.share_embeddings_and_output_weights
+        losses_SB = chunked_cross_entropy(
+            hidden_states.flatten(0, 1),
+            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+            labels.t().flatten(),
+            group=self.pg_collection.tp,
+            num_real_words=self.num_real_words,
+            sequence_parallel=self.config.sequence_parallel,
+        ).view(labels.t().shape)
+        return losses_SB.t().contiguous()
 
 
 def build_language_chunks(
     config: LanguageConfig,
-    parallel: ParallelConfig,
-    groups: ProcessGroupCollection,
+    attention: AttentionConfig,
+    mesh: Mesh,
     dtype: torch.dtype,
     use_transformer_engine: bool | None = None,
-) -> list[GPTModel]:
+) -> list[LanguageModel]:
     """The model chunks of this rank, one for each virtual pipeline stage. Weights are not initialised.
-
-    The logits of the padded vocabulary are the lowest number there is, so that padding is no token.
 
     Args:
         config: the model.
-        parallel: the layout; decides how many layers this rank builds.
-        groups: Megatron's process groups.
+        attention: how its attention is computed.
+        mesh: the layout; decides which layers this rank builds.
         dtype: parameter and activation type.
-        use_transformer_engine: None takes it where it is present, but for fp32, which its attention has no
-            kernel for.
+        use_transformer_engine: None takes its layers where it is present, but for fp32, which is
+            for comparisons.
 
     Raises:
-        UserError: the model does not divide by the layout.
+        UserError: the model does not divide by the layout, or the attention cannot run here.
     """
-    config.validate(parallel)
+    config.validate(mesh.config)
     te = use_transformer_engine
     if te is None:
         te = has_transformer_engine() and dtype != torch.float32
-    # Unfused, Megatron's RoPE waits for the GPU in every layer, to read the documents' bounds.
-    transformer = config.to_mcore(parallel, dtype, apply_rope_fusion=te)
-    return [_chunk(config, transformer, groups, te, stage, parallel) for stage in range(parallel.virtual_pipeline)]
+    transformer, attend = config.to_mcore(mesh.config, dtype), build_attend(attention, mesh)
+    return [_chunk(config, transformer, mesh, attend, te, stage) for stage in range(mesh.config.virtual_pipeline)]
 
 
 def _chunk(
     config: LanguageConfig,
     transformer: TransformerConfig,
-    groups: ProcessGroupCollection,
+    mesh: Mesh,
+    attend: BuildAttend,
     use_transformer_engine: bool,
     stage: int,
-    parallel: ParallelConfig,
-) -> GPTModel:
+) -> LanguageModel:
+    groups, parallel = mesh.language, mesh.config
     rank, size = groups.pp.rank(), groups.pp.size()
     vp_stage = stage if parallel.virtual_pipeline > 1 else None
-    model = GPTModel(
+    return LanguageModel(
+        num_words=config.vocab_size,
         config=transformer,
         transformer_layer_spec=decoder_block_spec(
-            transformer, config.rotary_base, use_transformer_engine, rank, vp_stage
+            transformer, config.rotary, attend, use_transformer_engine, rank, vp_stage
         ),
         vocab_size=config.padded_vocab_size,
         max_sequence_length=config.max_positions,
@@ -65,18 +107,10 @@ def _chunk(
         post_process=rank == size - 1 and stage == parallel.virtual_pipeline - 1,
         parallel_output=True,
         share_embeddings_and_output_weights=config.tie_embeddings,
-        # Without Transformer Engine, the layers' own attention applies RoPE.
-        position_embedding_type="rope" if use_transformer_engine else "none",
-        rotary_base=int(config.rotary_base),
+        position_embedding_type="none",  # the layers' attention applies RoPE
         pg_collection=groups,
         vp_stage=vp_stage,
     )
-    if model.post_process:
-        shard = config.padded_vocab_size // groups.tp.size()
-        num_real = min(max(config.vocab_size - groups.tp.rank() * shard, 0), shard)
-        if num_real < shard:
-            _silence_padding(model.output_layer, num_real)
-    return model
 
 
 def _silence_padding(output_layer: nn.Module, num_real: int) -> None:

@@ -10,7 +10,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megamed.models.language.attention import PackedCausalAttention
+from megamed.models.language.attention import BuildAttend, RotaryAttention
+from megamed.models.language.rotary import RotaryConfig
 from megamed.models.moe import Router
 
 
@@ -28,15 +29,13 @@ class RMSNorm(nn.RMSNorm):
 
 def decoder_block_spec(
     config: TransformerConfig,
-    rotary_base: float,
+    rotary: RotaryConfig,
+    attend: BuildAttend,
     use_transformer_engine: bool,
     pp_rank: int,
     vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
-    """Specs of the layers that one pipeline stage (and virtual chunk) builds, dense or expert by layer.
-
-    Without Transformer Engine the layers apply RoPE themselves, with `rotary_base`.
-    """
+    """Specs of the layers that one pipeline stage (and virtual chunk) builds, dense or expert by layer."""
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine, normalization="RMSNorm", vp_stage=vp_stage, pp_rank=pp_rank
     )
@@ -46,15 +45,17 @@ def decoder_block_spec(
             mlp = ModuleSpec(module=mlp.func, submodules=mlp.keywords.get("submodules"))
         if mlp.module is MoELayer:
             mlp.submodules.router = Router
+        layer.submodules.self_attention.submodules.core_attention = partial(
+            RotaryAttention, rotary=rotary, build=attend
+        )
     if use_transformer_engine:
         return block
     for layer in block.layer_specs:
         modules = layer.submodules
         modules.input_layernorm = RMSNorm
         modules.pre_mlp_layernorm = RMSNorm
-        attention = modules.self_attention.submodules
-        attention.core_attention = partial(PackedCausalAttention, rotary_base=rotary_base)
         if config.qk_layernorm:
+            attention = modules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     block.layer_norm = RMSNorm
     return block

@@ -18,6 +18,11 @@ class VLMConfig:
     language: LanguageConfig = field(default_factory=LanguageConfig)
     frames_per_pass: int = 64
     """Frames that a rank encodes at once."""
+    frames_in_flight: int | None = 64
+    """Frames of a rank whose activations are alive at any time; `frames_per_pass` never exceeds it. The frames
+    of a step beyond it are encoded without activations, and again in the backward pass, which costs at most
+    a third more of the encoder's time. None keeps the activations of all frames. The default is bounded
+    because the longest study of a data set then makes a step slower, where it would else end the job."""
 
     def validate(self) -> None:
         """Check that the parts fit each other.

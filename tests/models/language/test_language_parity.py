@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 from transformers import (
     InternVLConfig,
@@ -25,8 +24,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megamed.models.language import LanguageConfig, build_language_chunks
+from megamed.models.language import AttentionConfig, LanguageConfig, Packing, build_language_chunks
 from megamed.models.language.hf import Family, from_hf, to_hf
+from megamed.models.language.rotary import RotaryConfig
 from megamed.models.projector import ProjectorConfig
 from megamed.models.projector import hf as projector_hf
 from megamed.models.vision import VisionConfig
@@ -62,19 +62,22 @@ def case(
     rotary_base: float,
     norm_eps: float,
     tied: bool,
+    stretch: dict | None = None,
 ) -> Case:
-    """A tiny pair; `ours` and `theirs` are further settings of each side."""
+    """A tiny pair; `ours` and `theirs` are further settings of each side, `stretch` of our RoPE."""
+    their_names = {"scaling": "rope_type", "original_max_positions": "original_max_position_embeddings"}
+    their_stretch = {their_names.get(name, name): value for name, value in (stretch or {}).items()}
     model, config = CLASSES[family]
     their_config = config(
         vocab_size=VOCAB_SIZE, hidden_size=48, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=kv_heads, intermediate_size=80, rms_norm_eps=norm_eps, max_position_embeddings=64,
-        rope_parameters={"rope_type": "default", "rope_theta": rotary_base}, tie_word_embeddings=tied,
-        **theirs,
+        rope_parameters={"rope_type": "default", "rope_theta": rotary_base, **their_stretch},
+        tie_word_embeddings=tied, **theirs,
     )  # fmt: skip
     our_config = LanguageConfig(
         vocab_size=VOCAB_SIZE, hidden_size=48, num_layers=3, num_heads=4, num_kv_heads=kv_heads,
-        head_dim=head_dim, intermediate_size=80, norm_eps=norm_eps, rotary_base=rotary_base, max_positions=64,
-        tie_embeddings=tied, **ours,
+        head_dim=head_dim, intermediate_size=80, norm_eps=norm_eps, max_positions=64, tie_embeddings=tied,
+        rotary=RotaryConfig(rotary_base, **(stretch or {})), **ours,
     )  # fmt: skip
     return Case(family, lambda: model(their_config), our_config)
 
@@ -106,6 +109,18 @@ CASES = {
         "qwen3", {"qk_norm": True}, {"head_dim": 8},
         kv_heads=2, head_dim=8, rotary_base=1e4, norm_eps=1e-6, tied=True,
     ),
+    "qwen2-yarn": case(
+        "qwen2", {"qkv_bias": True}, {},
+        kv_heads=2, head_dim=12, rotary_base=100.0, norm_eps=1e-6, tied=True,
+        stretch=dict(scaling="yarn", factor=4.0, original_max_positions=16, beta_fast=2.0, beta_slow=0.25),
+    ),
+    "llama-llama3": case(
+        "llama", {}, {"head_dim": 16},
+        kv_heads=2, head_dim=16, rotary_base=100.0, norm_eps=1e-5, tied=False,
+        stretch=dict(
+            scaling="llama3", factor=4.0, original_max_positions=16, low_freq_factor=0.25, high_freq_factor=1.0
+        ),
+    ),
 }  # fmt: skip
 
 
@@ -129,7 +144,7 @@ def their_model(chosen: Case) -> PreTrainedModel:
 
 
 def our_model(config: LanguageConfig, weights: Weights, mesh: Mesh) -> GPTModel:
-    (model,) = build_language_chunks(config, mesh.config, mesh.language, torch.float32)
+    (model,) = build_language_chunks(config, AttentionConfig(), mesh, torch.float32)
     model.load_state_dict(weights)
     return model
 
@@ -139,12 +154,8 @@ def pair(chosen: Case, mesh: Mesh) -> tuple[GPTModel, PreTrainedModel]:
     return our_model(chosen.ours, from_hf(theirs.state_dict(), chosen.ours, chosen.family), mesh), theirs
 
 
-def packing(lengths: Sequence[int]) -> PackedSeqParams:
-    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-    return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds,
-        max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths),
-    )  # fmt: skip
+def packing(lengths: Sequence[int]) -> Packing:
+    return Packing.of_row(torch.tensor([0, *lengths]).cumsum(0))
 
 
 def documents(lengths: Sequence[int]) -> list[Tensor]:
@@ -175,8 +186,9 @@ def gradients(module: nn.Module) -> Weights:
 def assert_same_gradients(found: Weights, expected: Weights) -> None:
     assert found.keys() == expected.keys()
     for name, grad in found.items():
-        # Relative to the largest entry: an entry near 0 is a difference of large terms.
-        assert (grad - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
+        # Relative to the largest entry: an entry near 0 is a difference of large terms. So is all of the bias of
+        # k, whose gradient without rotation is 0: hence twice the 1e-5 that would do for the others.
+        assert (grad - expected[name]).abs().max() <= 2e-5 * expected[name].abs().max(), name
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS[:1], LENGTHS], ids=["one", "packed"])
@@ -214,7 +226,28 @@ def test_training_loss_equals_transformers(name: str, mesh: Mesh) -> None:
             assert not parameter.grad[VOCAB_SIZE:].any()
 
 
-@pytest.mark.parametrize("change", [{"rotary_base": 1e4}, {"norm_eps": 1e-2}])
+def test_ntk_equals_transformers_dynamic_at_its_length(mesh: Mesh) -> None:
+    """With `max_position_embeddings` 64, factor 2 and 96 tokens, `dynamic` lets the base grow by 2 * 96 / 64 - 1."""
+    plain, growth = CASES["llama"], 2.0
+    config = plain.theirs().config
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": plain.ours.rotary.base}
+    theirs = LlamaForCausalLM(config)
+    randomise(theirs)
+    rotary = replace(plain.ours.rotary, scaling="ntk", factor=growth)
+    ours = our_model(replace(plain.ours, rotary=rotary), from_hf(theirs.state_dict(), plain.ours, "llama"), mesh)
+    texts = documents([96])
+    torch.testing.assert_close(run_ours(ours, texts), run_theirs(theirs, texts), **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rotary": RotaryConfig(base=1e4)},
+        {"rotary": RotaryConfig(5e5, "ntk", 2.0)},
+        {"rotary": RotaryConfig(5e5, "yarn", 4.0, 8)},
+        {"norm_eps": 1e-2},
+    ],
+)
 def test_the_comparison_sees_what_no_weight_shows(change: dict, mesh: Mesh) -> None:
     chosen = CASES["llama"]
     right, theirs = pair(chosen, mesh)

@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megamed import runtime
-from megamed.models.language import LanguageConfig, build_language_chunks
+from megamed.models.language import AttentionConfig, LanguageConfig, Packing, build_language_chunks
 from megamed.parallel.init import init_language
 from megamed.testing.ranks import RankPool
 
@@ -23,11 +22,11 @@ def losses(config: LanguageConfig, tensor: int) -> tuple[Tensor, list[float]]:
     parallel = runtime.ParallelConfig(tensor=tensor)
     mesh = runtime.build_mesh(parallel)
     runtime.seed_everything(1, 0)
-    (model,) = build_language_chunks(config, parallel, mesh.language, torch.float32)
+    (model,) = build_language_chunks(config, AttentionConfig(), mesh, torch.float32)
     init_language([model], 3, 0.3, config.num_layers)
     tokens_BS = torch.arange(NUM_TOKENS)[None]
     bounds = torch.tensor([0, NUM_TOKENS], dtype=torch.int32)
-    packing = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=NUM_TOKENS, max_seqlen_kv=NUM_TOKENS)
+    packing = Packing.of_row(bounds)
     out = model(tokens_BS, tokens_BS, None, labels=tokens_BS.flip(1), packed_seq_params=packing)
     out.mean().backward()
     weight = model.output_layer.weight

@@ -1,0 +1,1 @@
+"""Functions of tensors and a process group: ring attention, chunked cross-entropy."""
