@@ -12,6 +12,8 @@ It needs PyTorch and pip, and, where megamed's requirements are not installed, a
   install     what megamed requires, from wheelhouse/ into a folder of its own; torch stays the machine's
   smoke       train 30 steps in bf16 on all GPUs; the loss has to fall
   fp32        train 3 steps in fp32 on one GPU and on the CPU; the losses have to be the same
+  attention   train 3 steps in bf16 on one GPU with megamed's attention and with Transformer Engine's; the
+              losses have to be the same but for rounding
   tests       the tests that need a GPU
   bench       a training step of the tiny model beside plain PyTorch
   slice       a training step of a slice of InternVL-26B: tokens/s, MFU, memory; with and without
@@ -150,6 +152,20 @@ elif ! device_variables=CUDA_VISIBLE_DEVICES= train fp32_cpu 1 train.steps=3 tra
     record fp32 FAIL "on the CPU: $(why fp32_cpu)"
 else
     judge fp32 same "$out/runs/fp32_cpu" "$out/runs/fp32_gpu"
+fi
+
+# ---- attention
+bf16=(train.steps=3 train.dtype=bf16 checkpoint.every_steps=0)
+if [ -z "$dry_run" ] && ! has transformer_engine; then
+    record attention SKIPPED "Transformer Engine is not installed"
+elif [ -n "$rehearsal" ]; then
+    record attention SKIPPED "Transformer Engine needs a GPU"
+elif ! train attention_ours 1 "${bf16[@]}" attention.backend=ring; then
+    record attention FAIL "megamed's: $(why attention_ours)"
+elif ! train attention_te 1 "${bf16[@]}" attention.backend=transformer_engine; then
+    record attention FAIL "Transformer Engine's: $(why attention_te)"
+else
+    judge attention close "$out/runs/attention_ours" "$out/runs/attention_te"
 fi
 
 # ---- tests

@@ -192,10 +192,11 @@ def _logits_gradient(
     head: _Head, rows_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, grad_C: Tensor, top_C: Tensor, sum_C: Tensor
 ) -> Tensor:
     """Gradient of a chunk's logits, in the type of the weight: (softmax - 1 at the label) x the loss's gradient."""
-    grad_CV = head.logits(rows_CH, weight_VH).sub_(top_C[:, None]).exp_().mul_((grad_C / sum_C)[:, None])
+    terms_CV = head.logits(rows_CH, weight_VH).sub_(top_C[:, None]).exp_()
     words_C, here_C = head.targets(labels_C)
-    grad_CV[torch.arange(len(words_C), device=words_C.device), words_C] -= grad_C.where(here_C, 0)
-    return grad_CV.to(weight_VH.dtype)
+    terms_CV[torch.arange(len(words_C), device=words_C.device), words_C] -= sum_C.where(here_C, 0)
+    narrow = terms_CV if terms_CV.dtype == weight_VH.dtype else torch.empty_like(terms_CV, dtype=weight_VH.dtype)
+    return torch.mul(terms_CV, (grad_C / sum_C)[:, None], out=narrow)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -42,6 +42,7 @@ def ring_attention(
     Returns:
         The attended values, [T, N, D], in q's type.
     """
+    assert plan.num_ranks == 1 or plan.num_ranks == dist.get_world_size(group), "the plan is of another ring"
     kernel = kernel or pick_kernel(q_TND.device, q_TND.dtype, q_TND.shape[-1], plan.num_documents)
     scale = q_TND.shape[-1] ** -0.5 if scale is None else scale
     out = _RingAttention.apply(q_TND, k_TGD, v_TGD, plan, group, kernel, scale)

@@ -34,7 +34,7 @@ def deal_frames(num_frames: Sequence[int], num_ranks: int) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Shard:
-    """The part [start, end) of the row, as it is dealt out, whose embeddings a rank holds; empty off the first stage."""
+    """The part [start, end) of the row as it is dealt out whose embeddings a rank holds; empty off the first stage."""
 
     start: int
     end: int

@@ -108,7 +108,7 @@ class JobConfig:
         self.model.validate()
         self.model.language.validate(self.parallel)
         self.attention.validate(self.model.language, self.parallel)
-        check_backend(self.attention, self.parallel, self.train.torch_dtype)
+        check_backend(self.attention, self.model.language, self.parallel, self.train.torch_dtype)
         if self.train.microbatches % data_size:
             raise UserError(
                 f"train.microbatches={self.train.microbatches} does not divide by the {data_size} model replicas",

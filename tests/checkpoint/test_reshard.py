@@ -35,6 +35,8 @@ DP2_PLAIN = Layout(2, distributed=False)
 TP2_PP2_DP2 = Layout(8, {"tensor": 2, "pipeline": 2})
 EP2 = Layout(2, {"expert": 2})
 EP2_PP2_DP2 = Layout(4, {"expert": 2, "pipeline": 2})
+CP2_PP2 = Layout(4, {"context": 2, "pipeline": 2})
+EP2_CP2_DP2 = Layout(4, {"expert": 2, "context": 2})
 EP2_TP2_SP = Layout(2, {"expert": 2, "tensor": 2, "sequence": True})
 
 
@@ -71,8 +73,8 @@ def train(layout: Layout, experts: int, folder: str, steps: tuple[int, int], var
 
 @pytest.mark.parametrize(
     ("layout", "experts"),
-    [(ONE, 0), (TP2_PP2_DP2, 0), (PP2_VPP2, 0), (DP2_PLAIN, 0), (EP2_PP2_DP2, 4)],
-    ids=["one process", "TP2 x PP2 x DP2", "PP2 interleaved", "DP2, plain optimizer", "MoE: EP2 x PP2 x DP2"],
+    [(ONE, 0), (TP2_PP2_DP2, 0), (PP2_VPP2, 0), (DP2_PLAIN, 0), (EP2_PP2_DP2, 4), (CP2_PP2, 0)],
+    ids=["one process", "TP2 x PP2 x DP2", "PP2 interleaved", "DP2, plain optimizer", "MoE: EP2 x PP2 x DP2", "CP2 x PP2"],
 )
 def test_same_layout_goes_on_bit_for_bit(layout: Layout, experts: int, ranks: Any, tmp_path: Path) -> None:
     whole = ranks.run(train, layout.ranks, layout, experts, str(tmp_path), (0, END), {})
@@ -91,8 +93,13 @@ def test_same_layout_goes_on_bit_for_bit(layout: Layout, experts: int, ranks: An
         (EP2, ONE, 4),
         (ONE, EP2_PP2_DP2, 4),
         (EP2_PP2_DP2, EP2_TP2_SP, 4),
+        (CP2_PP2, TP2, 0),
+        (ONE, EP2_CP2_DP2, 4),
     ],
-    ids=["1 to 8", "8 to 1", "TP to interleaved PP", "PP to TP", "EP2 to 1", "1 to EP2 PP2 DP2", "EP DP PP to EP TP"],
+    ids=[
+        "1 to 8", "8 to 1", "TP to interleaved PP", "PP to TP", "EP2 to 1", "1 to EP2 PP2 DP2", "EP DP PP to EP TP",
+        "CP PP to TP", "1 to EP2 CP2 DP2",
+    ],  # fmt: skip
 )
 def test_another_layout_goes_on_with_the_same_losses(
     before: Layout, after: Layout, experts: int, ranks: Any, tmp_path: Path

@@ -1,5 +1,6 @@
 """Documents and packed rows: what is where, and what carries loss."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -102,6 +103,31 @@ def test_packed_row():
     answers, texts = row.labels_S[row.loss_kind_S == 2], row.labels_S[row.loss_kind_S == 1]
     assert spelled(answers) == "2<|im_end|>up<|im_end|>" "up<|im_end|>" "2<|im_end|>up<|im_end|>"
     assert spelled(texts) == "Shown.\nHow many?Drift?" "fMRI.\nDrift?" "Shown.\nHow many?Drift?"
+
+
+def test_documents_filled_up_to_a_multiple():
+    documents = [two_frames(), Document("full", [65] * 8, [2] * 8), text_only()]
+    lengths = [len(document.tokens) for document in documents]
+    filled = [-(-length // 8) * 8 for length in lengths]
+    assert filled[1] == lengths[1] and filled[0] > lengths[0] and filled[2] > lengths[2]
+    row = pack(documents, sum(filled) + 16, TOKENIZER.pad_id, document_multiple=8)
+    plain = pack(documents, sum(filled) + 16, TOKENIZER.pad_id)
+
+    assert row.cu_seqlens.tolist() == [0, *np.cumsum([*filled, 16])]
+    assert row.end == sum(filled) and plain.end == sum(lengths)
+    assert row.num_real == plain.num_real == sum(lengths)
+    # Without the padding it is the row without filling up: same tokens, positions, labels and kinds.
+    assert torch.equal(row.tokens_S == TOKENIZER.pad_id, row.padding_S)
+    assert torch.equal(plain.padding_S, torch.arange(len(plain.tokens_S)) >= plain.end)
+    for name in ("tokens_S", "position_S", "loss_kind_S"):
+        assert torch.equal(getattr(row, name)[~row.padding_S], getattr(plain, name)[: plain.end]), name
+    labelled = row.loss_kind_S > 0
+    assert torch.equal(row.labels_S[labelled], plain.labels_S[plain.loss_kind_S > 0])
+    assert not (labelled & row.padding_S).any() and not row.padding_S[1:][labelled[:-1]].any()
+    assert torch.equal(row.position_S, torch.cat([torch.arange(length) for length in [*filled, 16]]))
+    assert torch.equal(row.visual_positions, (row.tokens_S == TOKENIZER.img_context_id).nonzero().flatten())
+    with pytest.raises(ValueError, match=f"3 documents have {sum(filled)} tokens"):
+        pack(documents, sum(lengths), TOKENIZER.pad_id, document_multiple=8)
 
 
 def test_no_loss_across_documents_or_on_tags_and_padding():

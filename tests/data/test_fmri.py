@@ -120,6 +120,15 @@ def test_rows_are_well_filled(source):
     assert np.mean(filled) > 0.8 and min(filled) > 0.3
 
 
+def test_documents_are_filled_up_to_a_multiple(run, source):
+    filled = FmriSource(run, DataConfig(), TOKENIZER, SIZE, TOKENS_PER_FRAME, document_multiple=16)
+    for index in range(NUM_ROWS):
+        row = filled.microbatch(index)
+        assert not (row.cu_seqlens % 16).any()
+        # The same draws, of which fewer may fit.
+        assert next(documents(row))[1] == next(documents(source.microbatch(index)))[1]
+
+
 def test_stride_is_said(run, source):
     strides = set()
     for index in range(40):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megamed.data import FrameRef
 from megamed.generate import greedy
+from megamed.generate.greedy import _lay_out
 from megamed.models.language import Packing
 from megamed.models.vlm import embed_with_visual_tokens
 from megamed.optim import OptimConfig
@@ -84,6 +85,15 @@ def one_by_one() -> list[list[int]]:
     return answers
 
 
+def test_prompts_with_room_for_answers_are_filled_up_to_a_multiple() -> None:
+    rows, slots = _lay_out(questions(), SEQ_LENGTH, NEW, pad_id=0, document_multiple=8)
+    assert len(rows) > 1 and not any((row.cu_seqlens % 8).any() for row in rows)
+    for slot, question in zip(slots, questions(), strict=True):
+        document = rows[slot.row].tokens_S[slot.start :]
+        assert slot.start in rows[slot.row].cu_seqlens and len(document) >= slot.length + NEW
+        assert document[: slot.length].tolist() == question.prompt_tokens
+
+
 @pytest.fixture(scope="module")
 def expected(ranks: Any) -> list[list[int]]:
     return ranks.run(one_by_one, 1)[0]
@@ -98,8 +108,10 @@ def expected(ranks: Any) -> list[list[int]]:
         (2, {"pipeline": 2, "virtual_pipeline": 2}),
         (4, {}),  # more replicas than some have rows
         (8, {"tensor": 2, "pipeline": 2}),
+        (4, {"context": 4}),
+        (8, {"context": 2, "tensor": 2, "sequence": True, "pipeline": 2}),
     ],
-    ids=["one", "TP2", "TP2 + SP", "PP2 interleaved", "DP4", "TP2 PP2 DP2"],
+    ids=["one", "TP2", "TP2 + SP", "PP2 interleaved", "DP4", "TP2 PP2 DP2", "CP4", "CP2 TP2 + SP PP2"],
 )
 def test_every_layout_gives_plain_argmax(
     size: int, parallel: dict[str, Any], expected: list[list[int]], ranks: Any

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.gpu_check import TOLERANCE, falls, losses, same
+from tools.gpu_check import BF16_TOLERANCE, TOLERANCE, falls, losses, same
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,17 +30,19 @@ def test_a_dry_run_prints_every_command_and_runs_none(tmp_path):
     done = check("--dry-run", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     commands = [line for line in done.stdout.splitlines() if line.startswith((sys.executable, "env "))]
-    assert sum("launch/pretrain.py" in command for command in commands) == 3
+    assert sum("launch/pretrain.py" in command for command in commands) == 5
     assert any("train.dtype=bf16" in command for command in commands)
     gpu, cpu = (command for command in commands if "train.dtype=fp32" in command)
     assert cpu.startswith("env CUDA_VISIBLE_DEVICES= ") and not gpu.startswith("env")
     # The same run otherwise.
     assert cpu.removeprefix("env CUDA_VISIBLE_DEVICES= ").replace("fp32_cpu", "fp32_gpu") == gpu
+    ours, theirs = (command for command in commands if "attention.backend=" in command)
+    assert theirs == ours.replace("_ours", "_te").replace("backend=ring", "backend=transformer_engine")
     assert any("-m pytest -q -m gpu" in command for command in commands)
     assert sum("--slice internvl26b" in command for command in commands) == 2
     assert not any(tmp_path.glob("runs/*")) and not any(tmp_path.glob("*.log"))
     table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert len(table) == 8 and all("SKIPPED" in line for line in table[1:])
+    assert len(table) == 9 and all("SKIPPED" in line for line in table[1:])
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -66,6 +68,8 @@ def test_losses_are_the_same_up_to_the_order_of_sums():
     assert same(reference, [5.482454425, 4.797282721, 4.597865695])[0]
     assert not same(reference, [*reference[:2], reference[2] * (1 + 2 * TOLERANCE)])[0]
     assert not same(reference, reference[:2])[0]
+    rounded = [loss * (1 + BF16_TOLERANCE / 2) for loss in reference]
+    assert same(reference, rounded, BF16_TOLERANCE)[0] and not same(reference, rounded)[0]
     assert not same(reference, [*reference[:2], float("nan")])[0]
 
 

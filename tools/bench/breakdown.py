@@ -36,6 +36,10 @@ class Stopwatch:
         name, start = self._open.pop()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
+    def is_inside(self, name: str) -> bool:
+        """Whether this name is being timed."""
+        return any(open_name == name for open_name, _ in self._open)
+
     def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, timed."""
 
@@ -53,7 +57,9 @@ def _watched(job: Job, watch: Stopwatch) -> Iterator[None]:
     """Time the job's parts for a while: the two phases and their models, and the gradients as a whole."""
     phase, stepper = job.phase, job.stepper
     encoder = phase.passes.encoder
-    phase.passes.encoder = watch.around("encoder", encoder)
+    timed = watch.around("encoder", encoder)
+    # Frames beyond model.frames_in_flight come a second time, as a part of the vision backward.
+    phase.passes.encoder = lambda frames: encoder(frames) if watch.is_inside("vision backward") else timed(frames)
     phase.forward = watch.around("vision phase", phase.forward)  # type: ignore[method-assign]
     phase.backward = watch.around("vision backward", phase.backward)  # type: ignore[method-assign]
     stepper.gradients = watch.around("gradients", stepper.gradients)  # type: ignore[method-assign]
@@ -75,7 +81,8 @@ def phases(job: Job, step: Callable[[], Any], repetitions: int) -> dict[str, flo
 
     "language backward" holds what the schedule does around it: the reduction of gradients, counting the
     loss; "frames and exchange" loading frames, planning and the all-to-all of visual tokens; "vision
-    backward" their gradients' way back; "optimizer" the norm, clipping, AdamW and gathering of parameters.
+    backward" their gradients' way back, and frames that are encoded again; "optimizer" the norm, clipping,
+    AdamW and gathering of parameters.
     """
     watch = Stopwatch()
     with _watched(job, watch):

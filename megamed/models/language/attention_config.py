@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megamed.models.language.config import LanguageConfig
-from megamed.ops.ulysses import pick_split
+from megamed.ops.ulysses import kv_copies, pick_split
 from megamed.runtime import ParallelConfig
 from megamed.utils import UserError
 
@@ -20,7 +20,9 @@ class AttentionConfig:
     """Context ranks that pass blocks of keys and values round; None takes what `ulysses` leaves."""
     ulysses: int | None = None
     """Context ranks that trade their part of the sequence for a part of the heads; None is picked from the heads."""
-    kernel: Literal["auto", "math", "cpu_flash", "torch_flash", "cudnn", "flash_attn", "flash_attn_3"] = "auto"
+    kernel: Literal[
+        "auto", "math", "cpu_flash", "torch_flash", "cudnn", "flash_attn", "flash_attn_3", "flash_attn_4"
+    ] = "auto"  # fmt: skip
     """What computes one block of the ring."""
     transformer_engine_comm: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
     """How Transformer Engine's context parallelism communicates."""
@@ -81,12 +83,15 @@ class AttentionConfig:
         ring, ulysses = self._asked_split(context)
         if ring is None and ulysses is None:
             return pick_split(context, heads, kv_heads, max_ulysses=max(ranks_per_node // parallel.tensor, 1))
-        if ulysses is None:
-            assert ring is not None
-            ulysses = max(context // max(ring, 1), 1)
-        if ring is None:
-            ring = max(context // max(ulysses, 1), 1)
-        if ring < 1 or ulysses < 1 or ring * ulysses != context:
+        for name, size in (("ring", ring), ("ulysses", ulysses)):
+            if size is not None and (size < 1 or context % size):
+                raise UserError(
+                    f"attention.{name}={size} does not divide parallel.context={context}; context = ring x ulysses",
+                    everywhere=True,
+                )
+        ring = ring or context // (ulysses or 1)
+        ulysses = ulysses or context // ring
+        if ring * ulysses != context:
             raise UserError(
                 f"attention.ring={ring} x attention.ulysses={ulysses} = {ring * ulysses}, but "
                 f"parallel.context={context}; set one of the two to null to have it picked",
@@ -98,13 +103,7 @@ class AttentionConfig:
                 f"heads of a tensor-parallel rank out over {ulysses} context ranks, which does not divide; choose p2p",
                 everywhere=True,
             )
-        if heads % ulysses:
-            raise UserError(
-                f"attention.ulysses={ulysses} does not divide the {heads} heads of a tensor-parallel rank "
-                f"(model.language.num_heads={language.num_heads} / parallel.tensor={parallel.tensor}); "
-                "choose a divisor and give the other context ranks to attention.ring",
-                everywhere=True,
-            )
+        kv_copies(heads, kv_heads, ulysses)
         return ring, ulysses
 
     def _asked_split(self, context: int) -> tuple[int | None, int | None]:

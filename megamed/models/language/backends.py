@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megamed.models.language.attention import BuildAttend, Packing
 from megamed.models.language.attention_config import AttentionConfig
-from megamed.ops.kernels import KERNELS, BlockKernel
+from megamed.models.language.config import LanguageConfig
+from megamed.ops.kernels import KERNELS, BlockKernel, named_kernel
 from megamed.ops.ulysses import context_attention
 from megamed.runtime import Mesh, ParallelConfig, device_type
 from megamed.utils import UserError
@@ -110,11 +111,14 @@ def build_attend(config: AttentionConfig, mesh: Mesh) -> BuildAttend:
     return partial(RingAttend, mesh, None if config.kernel == "auto" else KERNELS[config.kernel])
 
 
-def check_backend(config: AttentionConfig, parallel: ParallelConfig, dtype: torch.dtype) -> None:
-    """Check that this machine can run the chosen backend. Needs no process group.
+def check_backend(
+    config: AttentionConfig, language: LanguageConfig, parallel: ParallelConfig, dtype: torch.dtype
+) -> None:
+    """Check that this machine can run the chosen backend and block kernel. Needs no process group.
 
     Args:
         config: the settings.
+        language: for the width of its heads.
         parallel: the layout of the job.
         dtype: what the language model computes in.
 
@@ -122,6 +126,8 @@ def check_backend(config: AttentionConfig, parallel: ParallelConfig, dtype: torc
         UserError: it cannot; says what is missing, and what to install or to choose.
     """
     if config.is_ours:
+        if config.kernel != "auto":
+            named_kernel(config.kernel, torch.device(device_type()), dtype, language.kv_channels)
         return
     name = f"attention.backend={config.backend}"
     if device_type() != "cuda":

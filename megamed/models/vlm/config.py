@@ -21,7 +21,7 @@ class VLMConfig:
     frames_in_flight: int | None = 64
     """Frames of a rank whose activations are alive at any time; `frames_per_pass` never exceeds it. The frames
     of a step beyond it are encoded without activations, and again in the backward pass, which costs at most
-    a third more of the encoder's time. None keeps the activations of all frames. The default is bounded
+    a third more of the encoder's FLOPs. None keeps the activations of all frames. The default is bounded
     because the longest study of a data set then makes a step slower, where it would else end the job."""
 
     def validate(self) -> None:

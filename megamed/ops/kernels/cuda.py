@@ -70,7 +70,7 @@ class Cudnn:
         inputs = documents(block, (batch(q_TND),), (batch(k_KGD), batch(v_KGD)))
         parts = [attend(*qkv, None, True, 0.0, block.causal, False, scale=scale)[:2] for qkv in inputs]
         outs, lses = zip(*parts, strict=True)
-        return unbatch(outs), joined(lses, 2)[0, ..., 0]
+        return unbatch(outs), joined([lse.flatten(2) for lse in lses], 2)[0]
 
     def backward(
         self,
