@@ -66,6 +66,8 @@ def test_context_ranks_give_the_losses_of_one(ranks) -> None:
     # fp32 sums in another order, over three steps of warm-up: 1e-7 or less is what is seen.
     assert max(differences(one["losses"], two[0]["losses"])) < 1e-5
     assert [step for step, _ in one["accuracy"]] == [2, 3]
+    nudged = ranks.run(learn, 1, 1, 1, 1, 1, 2, 4, True)[0]
+    assert 0 < differences(one["losses"][:1], nudged["losses"])[0] < 1e-5
 
 
 def needle(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -98,7 +100,7 @@ def test_a_plot_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytes
         raise OSError("no space left on device")
 
     monkeypatch.setattr(figure.Figure, "savefig", break_off)
-    curve = {"ring": 1, "ulysses": 1, "losses": [2.0, 1.0], "accuracy": [[2, 0.5]]}
+    curve = {"ring": 1, "ulysses": 1, "nudged": False, "losses": [2.0, 1.0], "accuracy": [[2, 0.5]]}
     with pytest.raises(OSError, match="no space"):
         plot([curve], out)
     assert out.read_text() == "old"
