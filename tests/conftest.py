@@ -13,11 +13,12 @@ from megamed.testing.ranks import RankPool  # noqa: E402
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--parity-table", metavar="FILE", help="write the table of parallel layouts to FILE")
+    parser.addoption("--many-ranks", action="store_true", help="also run layouts of more than 8 ranks: minutes each")
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[RankPool]:
+def ranks(request: pytest.FixtureRequest) -> Iterator[RankPool]:
     """Gloo rank processes, started when first used."""
-    pool = RankPool(8)
+    pool = RankPool(timeout_s=1800.0 if request.config.getoption("--many-ranks") else 300.0)
     yield pool
     pool.close()

@@ -20,10 +20,9 @@ class RankError(AssertionError):
 
 
 class RankPool:
-    """Up to `size` rank processes, started when first needed and reused by every `run`."""
+    """Rank processes, started when first needed and reused by every `run`."""
 
-    def __init__(self, size: int = 8, timeout_s: float = 300.0):
-        self.size = size
+    def __init__(self, timeout_s: float = 300.0):
         self.timeout_s = timeout_s
         self._workers: list[tuple[Any, Connection]] = []
         self._context = mp.get_context("forkserver")
@@ -103,6 +102,8 @@ def _serve(pipe: Connection) -> None:
         try:
             dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
             value = function(*args)
+            if dist.is_initialized():
+                dist.barrier()  # who leaves early hangs up on ranks that are still making connections
             pipe.send((False, value))
         except BaseException:
             pipe.send((True, traceback.format_exc()))

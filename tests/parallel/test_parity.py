@@ -25,6 +25,9 @@ from megamed.train import JobConfig, build_job
 
 STEPS, MICROBATCHES, SEQ_LENGTH = 3, 8, 64
 
+# Larger layouts run on request.
+MAX_RANKS = 8
+
 # Relative to the tensor's largest gradient. fp32 has 1.2e-7; sums over a few hundred terms in another order
 # spread that by one or two digits.
 TOLERANCE = 1e-5
@@ -97,6 +100,16 @@ ROWS = (
     Row("MoE: CP2 x EP2 x PP2, recompute", 4, {**CP, "expert": 2, **PP}, experts=4, recompute=True),
     Row("MoE: CP2 x EP4 x TP2 + SP x PP2, recompute", 8, {**CP, **SP, **PP, "expert": 4}, experts=4, recompute=True),
     Row("MoE: CP2 x EP2 x ETP2 x TP2 + SP x PP2", 8, {**CP, **SP, **PP, "expert": 2, "expert_tensor": 2}, experts=4),
+    # conf/parallel/gpu64.yaml
+    Row(
+        "MoE: CP8 (ring 4 x Ulysses2) x EP2 x ETP4 x TP4 + SP x PP2",
+        64,
+        {"tensor": 4, "sequence": True, **PP, "context": 8, "expert": 2, "expert_tensor": 4},
+        experts=4,
+        distributed=True,
+        language={"num_heads": 8, "num_kv_heads": 4},
+        attention={"ring": 4, "ulysses": 2},
+    ),
 )
 
 
@@ -169,13 +182,18 @@ def table(request: pytest.FixtureRequest) -> Any:
     """Collects the measured rows, and writes them where `--parity-table` says."""
     rows: list[str] = []
     yield rows
+    many = request.config.getoption("--many-ranks")
     path = request.config.getoption("--parity-table")
-    if path and len(rows) == len(ROWS):
+    if path and len(rows) == sum(row.ranks <= MAX_RANKS or many for row in ROWS):
         Path(path).write_text(_page(rows))
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_layout_equals_one_process(row: Row, ranks: Any, references: References, table: list[str]) -> None:
+def test_layout_equals_one_process(
+    row: Row, ranks: Any, references: References, table: list[str], request: pytest.FixtureRequest
+) -> None:
+    if row.ranks > MAX_RANKS and not request.config.getoption("--many-ranks"):
+        pytest.skip("minutes on a small machine: --many-ranks runs it")
     reference, expected = references.of(row)
     results = ranks.run(measure, row.ranks, row)
     gradients = merge([r["gradients"] for r in results])
