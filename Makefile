@@ -55,7 +55,7 @@ test: install
 	.venv/bin/python -m pytest -q --durations=10
 
 parity: install
-	.venv/bin/python -m pytest -q tests/parallel/test_parity.py --many-ranks --parity-table docs/parity.md
+	.venv/bin/python -m pytest -q tests/parallel/test_parity.py --parity-table docs/parity.md
 
 wheelhouse: install
 	.venv/bin/python tools/wheelhouse.py $(if $(EXTRAS),--extras $(EXTRAS)) $(if $(WITH_TORCH),--with-torch) \
