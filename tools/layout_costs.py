@@ -15,7 +15,7 @@ from itertools import product
 
 import torch
 
-from megamed.models.flops import language_flops, projector_flops, vision_flops
+from megamed.models.flops import flops_of_language, projector_flops, vision_flops
 from megamed.models.language import LanguageConfig
 from megamed.models.projector import tokens_per_frame
 from megamed.models.vision import VisionConfig
@@ -161,26 +161,8 @@ class Plan:
 
 def count_work(task: Task) -> Work:
     """FLOPs of one document."""
-    language, moe, vision = task.model.language, task.model.language.moe, task.model.vision
-    causal, full = (
-        language_flops(
-            [task.tokens],
-            hidden_size=language.hidden_size,
-            num_layers=language.num_layers,
-            num_heads=language.num_heads,
-            num_kv_heads=language.num_kv_heads,
-            head_dim=language.kv_channels,
-            intermediate_size=language.intermediate_size,
-            vocab_size=language.vocab_size,
-            num_experts=moe.num_experts,
-            top_k=moe.top_k if moe.num_experts else 0,
-            moe_intermediate_size=moe.intermediate_size,
-            shared_intermediate_size=moe.shared_intermediate_size,
-            first_dense_layers=moe.first_dense_layers,
-            causal=causal,
-        )
-        for causal in (True, False)
-    )
+    vision = task.model.vision
+    causal, full = (flops_of_language(task.model.language, [task.tokens], causal=causal) for causal in (True, False))
     attention = full.forward - causal.forward  # the half that a causal kernel skips is as large as the one it does
     encoder = vision_flops(vision, task.num_frames) + projector_flops(
         task.model.projector, task.num_frames, vision.image_size, vision.patch_size

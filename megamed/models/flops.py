@@ -10,6 +10,7 @@ at the scores adds anything. Model FLOPs over time and over the hardware's peak 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megamed.models.language import LanguageConfig
 from megamed.models.projector import ProjectorConfig, tokens_per_frame
 from megamed.models.vision import VisionConfig
 
@@ -142,3 +143,27 @@ def language_flops(
         + _matmul(num_tokens if num_labels is None else num_labels, hidden_size, vocab_size)
     )
     return Flops(forward, 2 * forward)
+
+
+def flops_of_language(
+    config: LanguageConfig, document_lengths: Sequence[int], num_labels: int | None = None, causal: bool = True
+) -> Flops:
+    """`language_flops` of a configured model; the other arguments are its own."""
+    moe = config.moe
+    return language_flops(
+        document_lengths,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.kv_channels,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        num_experts=moe.num_experts,
+        top_k=moe.top_k if moe.num_experts else 0,
+        moe_intermediate_size=moe.intermediate_size,
+        shared_intermediate_size=moe.shared_intermediate_size,
+        first_dense_layers=moe.first_dense_layers,
+        num_labels=num_labels,
+        causal=causal,
+    )

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megamed.data import Microbatch
-from megamed.models.flops import language_flops, projector_flops, vision_flops
+from megamed.models.flops import flops_of_language, projector_flops, vision_flops
 from megamed.models.vlm import VLMConfig
 from megamed.runtime import Mesh, current_device, device_type, synchronize
 
@@ -20,26 +20,11 @@ def step_flops(model: VLMConfig, microbatches: Sequence[Microbatch]) -> int:
         microbatches: packed rows.
     """
     total = 0
-    language, moe = model.language, model.language.moe
     for microbatch in microbatches:
         real_before = torch.cat([torch.zeros(1, dtype=torch.int64), (~microbatch.padding_S).cumsum(0)])
         lengths = [n for n in real_before[microbatch.cu_seqlens.long()].diff().tolist() if n]
-        total += language_flops(
-            lengths,
-            hidden_size=language.hidden_size,
-            num_layers=language.num_layers,
-            num_heads=language.num_heads,
-            num_kv_heads=language.num_kv_heads,
-            head_dim=language.kv_channels,
-            intermediate_size=language.intermediate_size,
-            vocab_size=language.vocab_size,
-            num_experts=moe.num_experts,
-            top_k=moe.top_k if moe.num_experts else 0,
-            moe_intermediate_size=moe.intermediate_size,
-            shared_intermediate_size=moe.shared_intermediate_size,
-            first_dense_layers=moe.first_dense_layers,
-            num_labels=int(microbatch.loss_kind_S.count_nonzero()),
-        ).total
+        num_labels = int(microbatch.loss_kind_S.count_nonzero())
+        total += flops_of_language(model.language, lengths, num_labels).total
     num_frames = sum(len(m.frames) for m in microbatches)
     total += vision_flops(model.vision, num_frames).total
     total += projector_flops(model.projector, num_frames, model.vision.image_size, model.vision.patch_size).total

@@ -74,7 +74,7 @@ def train(layout: Layout, experts: int, folder: str, steps: tuple[int, int], var
 @pytest.mark.parametrize(
     ("layout", "experts"),
     [(ONE, 0), (TP2_PP2_DP2, 0), (PP2_VPP2, 0), (DP2_PLAIN, 0), (EP2_PP2_DP2, 4), (CP2_PP2, 0)],
-    ids=["one process", "TP2 x PP2 x DP2", "PP2 interleaved", "DP2, plain optimizer", "MoE: EP2 x PP2 x DP2", "CP2 x PP2"],
+    ids=["one process", "TP2 x PP2 x DP2", "PP2 interleaved", "DP2 plain optimizer", "MoE: EP2 x PP2 x DP2", "CP x PP"],
 )
 def test_same_layout_goes_on_bit_for_bit(layout: Layout, experts: int, ranks: Any, tmp_path: Path) -> None:
     whole = ranks.run(train, layout.ranks, layout, experts, str(tmp_path), (0, END), {})
