@@ -257,7 +257,7 @@ Written by `make parity` on {datetime.date.today():%Y-%m-%d}: Python {platform.p
   of that parameter. The bar is {TOLERANCE:.0e}.
 - **norm**: largest relative difference of the gradient norm.
 - **frames**: frames encoded, summed over all ranks, relative to the frames of the batch. 1.00: nobody encodes a
-  frame twice.
+  frame twice. Where frames in flight are bounded, the others are encoded again in the backward pass.
 
 SP is sequence parallelism; CP is ring attention over context ranks, Ulysses their all-to-all over heads; ETP is
 experts split by tensor parallelism. MoE rows have 4 experts with load-balancing loss and z-loss.
