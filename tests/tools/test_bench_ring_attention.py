@@ -19,10 +19,11 @@ SMALL = ("--shapes", "4:2:16", "--tokens", "32", "--repetitions", "2", "--markdo
 RATIO = r"(\d+\.\d\d) \((\d+\.\d\d) to (\d+\.\d\d)\)"
 
 
-def bench(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+def bench(*arguments: str, processes: int = 1, gpu: bool = False) -> subprocess.CompletedProcess[str]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, "-W", "ignore", *(torchrun if processes > 1 else []), str(SCRIPT), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    hidden = {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **hidden}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
@@ -127,3 +128,14 @@ def test_heads_that_do_not_fit_are_left_out(blocks, monkeypatch):
     memory["free"] = 1e6
     with pytest.raises(UserError, match="choose fewer --tokens"):
         ring_attention.measured_heads(whole, length, 8, 2, multiple=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_speeds_are_absolute():
+    done = bench("--shapes", "8:2:128", "--tokens", "1024", "--documents", "1", "3", "--kernels", "torch_flash",
+                 "--repetitions", "2", "--markdown", gpu=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for row in rows(done.stdout):
+        need_ratios(row)
+        assert float(row["fused, TFLOP/s"]) > 0 and float(row["ring, TFLOP/s"]) > 0
