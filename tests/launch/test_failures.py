@@ -188,7 +188,12 @@ def test_ctrl_c(ranks, tmp_path):
 def test_ctrl_c_during_the_imports(tmp_path):
     log = tmp_path / "log"
     with open(log, "w") as file:
-        job = Running(subprocess.Popen([sys.executable, str(SCRIPT), *SMALL], stderr=file, start_new_session=True), log)
+        # A shell's background job inherits that Ctrl-C is ignored; someone at a terminal does not.
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), *SMALL], stderr=file, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+        job = Running(process, log)
     time.sleep(0.7)
     job.send(signal.SIGINT)
     code, output = job.wait()

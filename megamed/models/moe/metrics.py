@@ -23,13 +23,14 @@ def record_loss(name: str, share: torch.Tensor, layer_number: int | None, num_la
 def take_recorded_losses() -> dict[str, torch.Tensor]:
     """This rank's shares, summed over its layers and microbatches; clears the record."""
     if hasattr(moe_utils, "get_moe_layer_wise_logging_tracker"):  # megatron-core 0.16
-        recorded = {name: entry["values"] for name, entry in moe_utils.get_moe_layer_wise_logging_tracker().items()}
+        entries = moe_utils.get_moe_layer_wise_logging_tracker()
+        recorded = {name: entry["values"] for name, entry in entries.items()}
     else:
-        recorded = {name: entry.values for name, entry in _tracker().metrics.items()}
-    taken = {name: recorded[name].sum().double() for name in AUX_LOSSES if name in recorded}
-    for values in recorded.values():
-        values.zero_()
-    return taken
+        entries = _tracker().metrics
+        recorded = {name: entry.values for name, entry in entries.items()}
+    # Emptied, not zeroed: an entry has the depth of the model that made it, and holds process groups.
+    entries.clear()
+    return {name: recorded[name].sum().double() for name in AUX_LOSSES if name in recorded}
 
 
 def _tracker() -> Any:
