@@ -190,7 +190,7 @@ def test_ctrl_c_during_the_imports(tmp_path):
     with open(log, "w") as file:
         # A shell's background job inherits that Ctrl-C is ignored; someone at a terminal does not.
         process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), *SMALL], stderr=file, start_new_session=True,
+            [sys.executable, str(SCRIPT), *SMALL, f"run.dir={tmp_path}"], stderr=file, start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         job = Running(process, log)
