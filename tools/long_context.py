@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megamed.utils.command import positive
+
 if TYPE_CHECKING:
     from tools.layout_costs import Machine, Plan, Task, Work
 
@@ -20,13 +22,6 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 GB = 1e9
 # Beside the best layout.
 NUM_ALTERNATIVES = 3
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
 
 
 def fraction(text: str) -> float:

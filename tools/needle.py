@@ -14,7 +14,6 @@ import math
 import os
 import platform
 import signal
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megamed.utils import UserError
+from megamed.utils.command import positive, run_ranks
 from megamed.utils.optional import require
 
 RANK = Path(__file__).resolve().with_name("needle_rank.py")
@@ -57,13 +57,6 @@ def picture(text: str) -> Path:
     return path
 
 
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=layout, nargs="+", default=[Layout(1, 1), Layout(4, 1)], metavar="LAYOUT",
@@ -96,21 +89,13 @@ def train(where: Layout, args: argparse.Namespace, nudged: bool = False) -> dict
     with tempfile.TemporaryDirectory() as folder:
         curve = Path(folder) / "curve.json"
         num_ranks = where.ring * where.ulysses
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-        command = [
-            *(sys.executable, *(torchrun if num_ranks > 1 else []), str(RANK), "--curve", str(curve)),
+        arguments = [
+            *("--curve", str(curve)),
             *("--ring", str(where.ring), "--ulysses", str(where.ulysses), "--steps", str(args.steps)),
             *("--seed", str(args.seed), "--every", str(args.every), "--asked", str(args.asked)),
             *(["--nudged"] if nudged else []),
         ]
-        # One thread a process, also where there is one process: the layouts share the same cores.
-        with subprocess.Popen(command, env={"OMP_NUM_THREADS": "1", **os.environ}) as process:
-            try:
-                code = process.wait()
-            except BaseException:  # torchrun ends its ranks when it is asked to end
-                process.terminate()
-                raise
-        if code:
+        if code := run_ranks(RANK, num_ranks, arguments):
             raise UserError(f"the run at ring {where.ring} x ulysses {where.ulysses} failed with code {code}")
         return json.loads(curve.read_text())
 

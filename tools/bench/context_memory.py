@@ -13,10 +13,8 @@ profiler sees each allocation and freeing, also within operators.
 
 import argparse
 import json
-import os
 import platform
 import signal
-import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
@@ -24,17 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from megamed.utils import UserError
+from megamed.utils.command import positive, run_ranks
 
 RANK = Path(__file__).resolve().with_name("context_memory_rank.py")
 # Of loss and gradient norm, relative. What other orders of sums make of them: fp32 has 1.2e-7, bf16 4e-3.
 TOLERANCE = {"torch.float32": 1e-5, "torch.bfloat16": 1e-2}
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
 
 
 def parse() -> argparse.Namespace:
@@ -77,21 +69,13 @@ def measure(ring: int, ulysses: int, args: argparse.Namespace) -> dict[str, Any]
     print(f"ring {ring} x ulysses {ulysses}: starting {ring * ulysses} process(es)", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "measured.json"
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ring * ulysses)]
-        command = [
-            *(sys.executable, "-W", "ignore", *(torchrun if ring * ulysses > 1 else []), str(RANK)),
+        arguments = [
             *("--out", str(out), "--model", args.model, "--tokens", str(args.tokens)),
             *("--documents", str(args.documents), "--ring", str(ring), "--ulysses", str(ulysses), *args.overrides),
         ]
         # The profiler announces itself, and warns of memory that was there before it.
-        quiet = {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        with subprocess.Popen(command, env={**quiet, **os.environ}) as process:
-            try:
-                code = process.wait()
-            except BaseException:  # torchrun ends its ranks when it is asked to end
-                process.terminate()
-                raise
-        if code:
+        quiet = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        if code := run_ranks(RANK, ring * ulysses, arguments, ("-W", "ignore"), quiet):
             raise UserError(f"the step on ring {ring} x ulysses {ulysses} failed with code {code}")
         measured = json.loads(out.read_text())
     print(f"    the step took {measured['seconds']:.0f} s", file=sys.stderr)

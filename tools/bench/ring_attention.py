@@ -20,6 +20,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from megamed.utils.command import positive
+
 if TYPE_CHECKING:
     import torch
     from ring_blocks import Heads
@@ -44,13 +46,6 @@ def shape(text: str) -> tuple[str, tuple[int, int, int]]:
     if min(num_heads, num_kv_heads, head_dim) < 1 or num_heads % num_kv_heads:
         raise ValueError(text)
     return "own", (num_heads, num_kv_heads, head_dim)
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
 
 
 def parse() -> argparse.Namespace:
