@@ -5,6 +5,7 @@
 
 import datetime
 import functools
+import os
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -246,7 +247,8 @@ def _page(rows: list[str]) -> str:
         f"""# Parity of parallel layouts
 
 Every layout trains the same tiny InternVL on the same batches, which mix many-frame, one-frame and text-only
-samples, for three steps in fp32 on CPU ranks over gloo. It has to give one process's numbers: the losses, the
+samples, for three steps in fp32 on CPU ranks over gloo (a {len(os.sched_getaffinity(0))}-core {platform.machine()}
+machine). It has to give one process's numbers: the losses, the
 norm of the gradient over all parameters, and the gradient of every parameter, gathered from its shards.
 
 Written by `make parity` on {datetime.date.today():%Y-%m-%d}: Python {platform.python_version()}, torch
