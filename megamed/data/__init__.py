@@ -1,37 +1,52 @@
-"""Data: from an fMRI run on disk to packed training rows, frames and held-out questions."""
+"""Data: from what a scanner wrote to packed training rows, frames and held-out questions.
 
-from megamed.data.batch import LOSS_KINDS, Document, FrameRef, Microbatch, conversation, pack, prompt
-from megamed.data.config import DataConfig, validate
-from megamed.data.facts import RunFacts, measure
-from megamed.data.fmri import FmriSource
-from megamed.data.frames import mosaic_frames
-from megamed.data.questions import QA, QUESTIONS, Question, ask
-from megamed.data.source import HeldOutItem, MicrobatchSource
-from megamed.data.tokenizer import TextTokenizer, load_tokenizer
-from megamed.data.volumes import FmriRun, read_run
+What stands here is loaded when it is first used, so that ingest and its worker processes do without torch.
+"""
 
-__all__ = [
-    "LOSS_KINDS",
-    "QA",
-    "QUESTIONS",
-    "DataConfig",
-    "Document",
-    "FmriRun",
-    "FmriSource",
-    "FrameRef",
-    "HeldOutItem",
-    "Microbatch",
-    "MicrobatchSource",
-    "Question",
-    "RunFacts",
-    "TextTokenizer",
-    "ask",
-    "conversation",
-    "load_tokenizer",
-    "measure",
-    "mosaic_frames",
-    "pack",
-    "prompt",
-    "read_run",
-    "validate",
-]
+# ruff: noqa: F401
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megamed.data.batch import (
+        LOSS_KINDS,
+        QA,
+        Document,
+        FrameRef,
+        Microbatch,
+        conversation,
+        pack,
+        prompt,
+    )
+    from megamed.data.config import DataConfig, validate
+    from megamed.data.fmri.facts import RunFacts, measure
+    from megamed.data.fmri.mosaic import mosaic_frames
+    from megamed.data.fmri.questions import QUESTIONS, Question, ask
+    from megamed.data.fmri.run import FmriRun, read_run
+    from megamed.data.fmri.source import FmriSource
+    from megamed.data.source import HeldOutItem, MicrobatchSource
+    from megamed.data.tokenizer import TextTokenizer, load_tokenizer
+
+# Which module has what.
+_MODULES = {
+    "batch": ("LOSS_KINDS", "QA", "Document", "FrameRef", "Microbatch", "conversation", "pack", "prompt"),
+    "config": ("DataConfig", "validate"),
+    "fmri.facts": ("RunFacts", "measure"),
+    "fmri.mosaic": ("mosaic_frames",),
+    "fmri.questions": ("QUESTIONS", "Question", "ask"),
+    "fmri.run": ("FmriRun", "read_run"),
+    "fmri.source": ("FmriSource",),
+    "source": ("HeldOutItem", "MicrobatchSource"),
+    "tokenizer": ("TextTokenizer", "load_tokenizer"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

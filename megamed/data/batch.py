@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megamed.data.questions import QA
 from megamed.data.tokenizer import TextTokenizer
 from megamed.utils import UserError
 
@@ -33,6 +32,15 @@ NO_LOSS, TEXT, ANSWER = range(3)
 
 # Up to this many frames are numbered; of more, the tags alone tell them apart, to save tokens.
 NUMBERED_FRAMES = 16
+
+
+@dataclass(frozen=True)
+class QA:
+    """A question as asked and its true answer; `name` tells what kind of question it is."""
+
+    name: str
+    question: str
+    answer: str
 
 
 @dataclass(frozen=True)

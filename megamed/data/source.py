@@ -5,15 +5,13 @@ Shape suffixes: N frames, C channels, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from megamed.data.batch import FrameRef, Microbatch
-from megamed.data.facts import RunFacts
-from megamed.data.questions import QA
+from megamed.data.batch import QA, FrameRef, Microbatch
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,8 @@ class HeldOutItem:
         prompt_tokens: token ids up to the place where the answer begins.
         visual_positions: where the visual tokens stand in the prompt, frame after frame.
         frames: the frames, in the order of their visual tokens.
-        qa: the question, its true answer, and the name under which `QUESTIONS` has its judge.
-        facts: what the judge compares an answer with.
+        qa: the question, its true answer, and the name of its kind.
+        judge: whether an answer in a model's words is right.
     """
 
     item_id: str
@@ -34,7 +32,7 @@ class HeldOutItem:
     visual_positions: list[int]
     frames: list[FrameRef]
     qa: QA
-    facts: RunFacts
+    judge: Callable[[str], bool]
 
 
 class MicrobatchSource(Protocol):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamed.data import QUESTIONS, FrameRef, HeldOutItem, MicrobatchSource, TextTokenizer
+from megamed.data import FrameRef, HeldOutItem, MicrobatchSource, TextTokenizer
 from megamed.generate import greedy
 from megamed.parallel import PlacedModel, VisionPhase
 from megamed.runtime import Mesh
@@ -44,7 +44,7 @@ def ask_held_out(
 
     Args:
         model, phase, mesh: the placed model, its vision phase, the layout.
-        source: has the questions, with their frames and facts.
+        source: has the questions, with their frames and judges.
         tokenizer: of the model.
         seq_length: tokens of a packed row.
         vocab_size: of the model, without padding.
@@ -74,7 +74,7 @@ def ask_held_out(
     )
 
     def judged(item: HeldOutItem, text: str | None) -> bool | None:
-        return None if text is None else QUESTIONS[item.qa.name].judge(text, item.facts)
+        return None if text is None else item.judge(text)
 
     return [
         Answer(item, text, bool(judged(item, text)), blank_text, judged(item, blank_text))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from megamed.data import QUESTIONS, DataConfig, FmriSource, load_tokenizer, read_run
+from megamed.data import DataConfig, FmriSource, load_tokenizer, read_run
 from megamed.eval import Answer, HeldOutEvaluation, summary, table
 
 
@@ -18,9 +18,8 @@ def items() -> Any:
 def answered(text_of: Any, blank_of: Any) -> list[Answer]:
     answers = []
     for item in items():
-        judge = QUESTIONS[item.qa.name].judge
         text, blank = text_of(item), blank_of(item)
-        answers.append(Answer(item, text, judge(text, item.facts), blank, judge(blank, item.facts)))
+        answers.append(Answer(item, text, item.judge(text), blank, item.judge(blank)))
     return answers
 
 

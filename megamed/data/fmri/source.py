@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megamed.data.batch import Document, FrameRef, Microbatch, conversation, pack, prompt
+from megamed.data.batch import QA, Document, FrameRef, Microbatch, conversation, pack, prompt
 from megamed.data.config import DataConfig, validate
-from megamed.data.facts import RunFacts, measure
-from megamed.data.frames import StretchScale, measure_scale, mosaic_frames
-from megamed.data.questions import QA, QUESTIONS, ask, ask_one, askable, number_text
+from megamed.data.fmri.facts import RunFacts, measure
+from megamed.data.fmri.mosaic import StretchScale, measure_scale, mosaic_frames
+from megamed.data.fmri.questions import QUESTIONS, Judge, ask, ask_one, askable, number_text
+from megamed.data.fmri.run import FmriRun
 from megamed.data.source import HeldOutItem
 from megamed.data.tokenizer import TextTokenizer
-from megamed.data.volumes import FmriRun
 from megamed.utils import UserError
 
 logger = logging.getLogger("megamed.data")
@@ -136,7 +136,9 @@ class FmriSource:
                 qa = ask_one(name, facts, rng)
                 item_id = f"held-out:{first}+{length}:{name}"
                 text = prompt(self._tokenizer, self._tokens_per_frame, frames, "", qa.question, item_id)
-                items.append(HeldOutItem(item_id, text.tokens, text.visual_positions, frames, qa, facts))
+                items.append(
+                    HeldOutItem(item_id, text.tokens, text.visual_positions, frames, qa, Judge(name, facts))
+                )
         return items
 
     def _draw_document(self, rng: np.random.Generator, name: str) -> Document:

@@ -20,10 +20,10 @@ from megamed.data import (
     mosaic_frames,
     read_run,
 )
-from megamed.data import fmri as fmri_module
+from megamed.data.fmri import source as fmri_module
 from megamed.utils import UserError
 
-REAL_DICOM = Path(__file__).resolve().parents[3] / "shared" / "data" / "fmri_dicom" / "dicoms"
+REAL_DICOM = Path(__file__).resolve().parents[4] / "shared" / "data" / "fmri_dicom" / "dicoms"
 TOKENIZER = load_tokenizer("bytes")
 SIZE, TOKENS_PER_FRAME = 28, 4
 NUM_ROWS = 120
@@ -155,8 +155,9 @@ def test_held_out_items(run, source):
     assert {item.qa.name for item in items} == {name for name, kind in QUESTIONS.items() if kind.shown}
     assert len({item.item_id for item in items}) == len(items)
     for item in items:
-        assert item.facts == facts_of(run, item.frames)
-        assert item.qa.answer == QUESTIONS[item.qa.name].answer(item.facts)
+        facts = facts_of(run, item.frames)
+        assert item.qa.answer == QUESTIONS[item.qa.name].answer(facts)
+        assert item.judge(item.qa.answer) and not item.judge("")
         context = [i for i, token in enumerate(item.prompt_tokens) if token == TOKENIZER.img_context_id]
         assert context == item.visual_positions and len(context) == TOKENS_PER_FRAME * len(item.frames)
         assert TOKENIZER.decode(item.prompt_tokens).endswith(f"{item.qa.question}\nassistant\n")

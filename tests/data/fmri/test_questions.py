@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megamed.data import QUESTIONS, RunFacts, ask
-from megamed.data.questions import askable, number_text
+from megamed.data.fmri.questions import askable, number_text
 
 FACTS = RunFacts(
     voxel_size_mm=(4.0, 4.0, 8.0),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megamed.data import mosaic_frames, read_run
-from megamed.data.frames import HEAD_SCALE, IMAGENET_MEAN, IMAGENET_STD, VOXEL_SCALE, measure_scale
+from megamed.data.fmri.mosaic import HEAD_SCALE, IMAGENET_MEAN, IMAGENET_STD, VOXEL_SCALE, measure_scale
 
 # One rounding of float32 each: to the normalised value and back.
 ROUNDING = 2e-6

@@ -13,7 +13,7 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from megamed.data import FmriRun, read_run
 from megamed.utils import UserError
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 REAL = SHARED / "fmri_dicom" / "dicoms"
 MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"
 NUM_COLUMNS, NUM_ROWS, NUM_SLICES, NUM_VOLUMES = 5, 4, 3, 4

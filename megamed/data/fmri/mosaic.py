@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megamed.data.facts import head_mask, head_signal
+from megamed.data.fmri.facts import head_mask, head_signal
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megamed.data import measure, read_run
-from megamed.data.facts import head_mask
+from megamed.data.fmri.facts import head_mask
 
 VOXEL = (3.0, 3.0, 3.5)
 

@@ -21,7 +21,7 @@ import pydicom
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 
-from megamed.data.volumes import FmriRun, finish_run, is_plausible_tr
+from megamed.data.fmri.run import FmriRun, finish_run, is_plausible_tr
 from megamed.utils import UserError
 
 logger = logging.getLogger("megamed.data")

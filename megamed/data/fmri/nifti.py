@@ -14,7 +14,7 @@ import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from megamed.data.volumes import FmriRun, finish_run, is_plausible_tr, shape_text
+from megamed.data.fmri.run import FmriRun, finish_run, is_plausible_tr, shape_text
 from megamed.utils import UserError
 
 logger = logging.getLogger("megamed.data")

@@ -8,19 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megamed.data.facts import THIRDS, RunFacts
+from megamed.data.batch import QA
+from megamed.data.fmri.facts import THIRDS, RunFacts
 
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 _WORD = re.compile(r"[a-z]+")
-
-
-@dataclass(frozen=True)
-class QA:
-    """A question as asked and its true answer; `name` finds the judge in `QUESTIONS`."""
-
-    name: str
-    question: str
-    answer: str
 
 
 @dataclass(frozen=True)
@@ -174,6 +166,22 @@ def askable(facts: RunFacts, *, stated: bool = False) -> list[str]:
         for name, question in QUESTIONS.items()
         if facts.num_volumes >= question.min_volumes and (stated or question.shown)
     ]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Says whether an answer in a model's words is right about a stretch.
+
+    Attributes:
+        name: of the question.
+        facts: of the stretch.
+    """
+
+    name: str
+    facts: RunFacts
+
+    def __call__(self, answer: str) -> bool:
+        return QUESTIONS[self.name].judge(answer, self.facts)
 
 
 def ask_one(name: str, facts: RunFacts, rng: np.random.Generator) -> QA:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megamed.data import read_run
-from megamed.data.volumes import NIBABEL_RUN
+from megamed.data.fmri.run import NIBABEL_RUN
 from megamed.utils import UserError
 
 FUNCTIONAL = Path(nibabel.__file__).parent / "tests" / "data" / "functional.nii"

@@ -56,8 +56,8 @@ def read_run(path: str | Path) -> FmriRun:
         UserError: there is nothing at the path, or what is there cannot be used as a run.
     """
     # Both readers import this file for FmriRun, so they are imported here and not at the top.
-    from megamed.data.dicom import read_dicom_folder
-    from megamed.data.nifti import read_nifti
+    from megamed.data.fmri.dicom import read_dicom_folder
+    from megamed.data.fmri.nifti import read_nifti
 
     if str(path) == NIBABEL_RUN:
         return read_nifti(Path(nibabel.__file__).parent / "tests" / "data" / "functional.nii")

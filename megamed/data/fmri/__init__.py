@@ -1,0 +1,1 @@
+"""One fMRI run as the demonstration's data: frames, facts measured in them, questions about those."""

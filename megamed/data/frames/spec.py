@@ -1,0 +1,38 @@
+"""What names a frame: which voxels, through which windows, in three channels. All is decided when it is planned.
+
+Shape suffixes as in `megamed.data.series`: T volumes, S slices, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+MOSAIC = -1
+"""As a slice's number: all slices of the volume, tiled into a square."""
+
+Window = tuple[float, float]
+"""Values that become 0 and 1; what is beyond is clipped."""
+
+
+@dataclass(frozen=True)
+class StudyFrame:
+    """One frame of a stored array, as the encoder will see it but for its size.
+
+    Channel c of a pixel is (v - low) / (high - low) of `windows[c]`, clipped to 0 to 1, of slice `slices[c]`.
+
+    Attributes:
+        path: the `.npy` file [T, S, H, W] or, for colour, [T, S, H, W, 3]; or a picture's file.
+        volume: T.
+        slices: S of each channel; `MOSAIC` in all three for a mosaic. Colour has one slice, three times.
+        windows: (low, high) of each channel.
+        box: what of the picture is shown: top, left, height, width in pixels, fractions allowed (a tile); None is all.
+        fit: `pad` to a square before resizing, or `stretch` (a tile, whose grid was chosen for its shape).
+    """
+
+    path: str
+    volume: int
+    slices: tuple[int, int, int]
+    windows: tuple[Window, Window, Window]
+    box: tuple[float, float, float, float] | None = None
+    fit: Literal["pad", "stretch"] = "pad"

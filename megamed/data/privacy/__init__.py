@@ -1,0 +1,5 @@
+"""De-identification: pseudonyms under a project key, and what of a header may be kept."""
+
+from megamed.data.privacy.pseudonyms import Pseudonyms
+
+__all__ = ["Pseudonyms"]

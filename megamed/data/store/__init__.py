@@ -1,0 +1,1 @@
+"""The volume store: one folder a series, and an index over all."""
