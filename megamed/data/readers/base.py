@@ -22,14 +22,15 @@ class Refusal(Exception):
         code: a short name for counting ("truncated").
         reason: what is wrong, one sentence part without a full stop.
         mend: what to do about it.
+        file: which file of a series is to blame, where one is.
     """
 
-    def __init__(self, code: str, reason: str, mend: str):
+    def __init__(self, code: str, reason: str, mend: str, file: Path | None = None):
         super().__init__(f"{reason}; {mend}")
-        self.code, self.reason, self.mend = code, reason, mend
+        self.code, self.reason, self.mend, self.file = code, reason, mend, file
 
     def __reduce__(self) -> Any:
-        return Refusal, (self.code, self.reason, self.mend)
+        return Refusal, (self.code, self.reason, self.mend, self.file)
 
 
 @dataclass(frozen=True)
