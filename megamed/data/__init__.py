@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         LOSS_KINDS,
         QA,
         Document,
-        FrameRef,
+        Frame,
         Microbatch,
         conversation,
         pack,
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
     from megamed.data.fmri.mosaic import mosaic_frames
     from megamed.data.fmri.questions import QUESTIONS, Question, ask
     from megamed.data.fmri.run import FmriRun, read_run
-    from megamed.data.fmri.source import FmriSource
+    from megamed.data.fmri.source import FmriSource, FrameRef
     from megamed.data.source import HeldOutItem, MicrobatchSource
     from megamed.data.tokenizer import TextTokenizer, load_tokenizer
 
 # Which module has what.
 _MODULES = {
-    "batch": ("LOSS_KINDS", "QA", "Document", "FrameRef", "Microbatch", "conversation", "pack", "prompt"),
+    "batch": ("LOSS_KINDS", "QA", "Document", "Frame", "Microbatch", "conversation", "pack", "prompt"),
     "config": ("DataConfig", "validate"),
     "fmri.facts": ("RunFacts", "measure"),
     "fmri.mosaic": ("mosaic_frames",),
     "fmri.questions": ("QUESTIONS", "Question", "ask"),
     "fmri.run": ("FmriRun", "read_run"),
-    "fmri.source": ("FmriSource",),
+    "fmri.source": ("FmriSource", "FrameRef"),
     "source": ("HeldOutItem", "MicrobatchSource"),
     "tokenizer": ("TextTokenizer", "load_tokenizer"),
 }

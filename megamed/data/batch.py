@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ from megamed.utils import UserError
 LOSS_KINDS = ("none", "text", "answer")
 NO_LOSS, TEXT, ANSWER = range(3)
 
+Frame: TypeAlias = Any
+"""What names a frame: hashable, and understood by the source that it came from alone."""
+
 # Up to this many frames are numbered; of more, the tags alone tell them apart, to save tokens.
 NUMBERED_FRAMES = 16
 
@@ -41,17 +45,6 @@ class QA:
     name: str
     question: str
     answer: str
-
-
-@dataclass(frozen=True)
-class FrameRef:
-    """One frame of a stretch of the run: volume `first + index * stride`, drawn on the scale of
-    the `num_volumes` volumes `first`, `first + stride`, ... ."""
-
-    first: int
-    num_volumes: int
-    index: int
-    stride: int = 1
 
 
 @dataclass
@@ -70,7 +63,7 @@ class Document:
     tokens: list[int] = field(default_factory=list)
     loss_kinds: list[int] = field(default_factory=list)
     visual_positions: list[int] = field(default_factory=list)
-    frames: list[FrameRef] = field(default_factory=list)
+    frames: list[Frame] = field(default_factory=list)
 
     def add(self, tokens: Sequence[int], kind: int = NO_LOSS) -> None:
         """Append tokens that all belong to `kind`."""
@@ -104,7 +97,7 @@ class Microbatch:
     num_real: int
     padding_S: Tensor
     visual_positions: Tensor
-    frames: list[FrameRef]
+    frames: list[Frame]
     sample_ids: list[str]
 
     @property
@@ -116,7 +109,7 @@ class Microbatch:
 def prompt(
     tokenizer: TextTokenizer,
     tokens_per_frame: int,
-    frames: Sequence[FrameRef],
+    frames: Sequence[Frame],
     context: str,
     question: str,
     sample_id: str = "",
@@ -151,7 +144,7 @@ def prompt(
 def conversation(
     tokenizer: TextTokenizer,
     tokens_per_frame: int,
-    frames: Sequence[FrameRef],
+    frames: Sequence[Frame],
     context: str,
     qas: Sequence[QA],
     sample_id: str = "",

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megamed.data.batch import QA, FrameRef, Microbatch
+from megamed.data.batch import QA, Frame, Microbatch
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class HeldOutItem:
     item_id: str
     prompt_tokens: list[int]
     visual_positions: list[int]
-    frames: list[FrameRef]
+    frames: list[Frame]
     qa: QA
     judge: Callable[[str], bool]
 
@@ -45,7 +45,7 @@ class MicrobatchSource(Protocol):
         """
         ...
 
-    def load_frames(self, frames: Sequence[FrameRef]) -> Tensor:
+    def load_frames(self, frames: Sequence[Frame]) -> Tensor:
         """frames_NCHW, float32, normalised; nothing but the frames asked for is built."""
         ...
 

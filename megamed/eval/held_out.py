@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamed.data import FrameRef, HeldOutItem, MicrobatchSource, TextTokenizer
+from megamed.data import Frame, HeldOutItem, MicrobatchSource, TextTokenizer
 from megamed.generate import greedy
 from megamed.parallel import PlacedModel, VisionPhase
 from megamed.runtime import Mesh
@@ -53,7 +53,7 @@ def ask_held_out(
     """
     items = source.held_out()
 
-    def decode(load_frames: Callable[[Sequence[FrameRef]], Tensor]) -> list[str]:
+    def decode(load_frames: Callable[[Sequence[Frame]], Tensor]) -> list[str]:
         tokens = greedy(
             model,
             phase,

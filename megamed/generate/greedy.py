@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamed.data import Document, FrameRef, Microbatch, pack
+from megamed.data import Document, Frame, Microbatch, pack
 from megamed.parallel import LanguageInput, PlacedModel, VisionPhase, run_schedule
 from megamed.runtime import Mesh
 
@@ -27,7 +27,7 @@ class Prompt(Protocol):
     @property
     def visual_positions(self) -> list[int]: ...
     @property
-    def frames(self) -> list[FrameRef]: ...
+    def frames(self) -> list[Frame]: ...
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def greedy(
     phase: VisionPhase,
     mesh: Mesh,
     prompts: Sequence[Prompt],
-    load: Callable[[Sequence[FrameRef]], Tensor],
+    load: Callable[[Sequence[Frame]], Tensor],
     seq_length: int,
     vocab_size: int,
     max_new_tokens: int,

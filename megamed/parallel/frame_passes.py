@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megamed.data import FrameRef
+from megamed.data import Frame
 from megamed.runtime import current_device
 
 
@@ -64,7 +64,7 @@ class FramePasses:
         self._passes: list[_Pass] = []
 
     def forward(
-        self, frames: Sequence[FrameRef], load: Callable[[Sequence[FrameRef]], Tensor], keep_graph: bool = True
+        self, frames: Sequence[Frame], load: Callable[[Sequence[Frame]], Tensor], keep_graph: bool = True
     ) -> Tensor:
         """Encode frames.
 

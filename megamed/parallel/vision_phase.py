@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamed.data import FrameRef, Microbatch
+from megamed.data import Frame, Microbatch
 from megamed.parallel.exchange import Exchange, deal_frames, plan_exchange
 from megamed.parallel.frame_passes import FramePasses
 from megamed.parallel.language_phase import LanguageInput, language_input
@@ -59,7 +59,7 @@ class VisionPhase:
         """Frames that this rank encoded in the last step."""
 
     def forward(
-        self, microbatches: Sequence[Microbatch], load: Callable[[Sequence[FrameRef]], Tensor], keep_graph: bool = True
+        self, microbatches: Sequence[Microbatch], load: Callable[[Sequence[Frame]], Tensor], keep_graph: bool = True
     ) -> list[Tensor]:
         """Encode all frames of a step.
 

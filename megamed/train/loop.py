@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megamed.data import FrameRef, MicrobatchSource
+from megamed.data import Frame, MicrobatchSource
 from megamed.train.job import Job
 from megamed.train.meter import step_flops, sum_over_replicas
 from megamed.train.step import StepReport
@@ -51,7 +51,7 @@ class _TimedSource:
         self.source = source
         self.seconds = 0.0
 
-    def load(self, frames: Sequence[FrameRef]) -> Tensor:
+    def load(self, frames: Sequence[Frame]) -> Tensor:
         start = time.perf_counter()
         loaded = self.source.load_frames(frames)
         self.seconds += time.perf_counter() - start

@@ -20,13 +20,13 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 
-from megamed.data import LOSS_KINDS, FrameRef, Microbatch
+from megamed.data import LOSS_KINDS, Frame, Microbatch
 from megamed.models.moe import AUX_LOSSES, take_recorded_losses
 from megamed.optim import clip_by_total_norm
 from megamed.parallel import LanguageInput, PlacedModel, VisionPhase, run_schedule, trim_padding
 from megamed.runtime import Mesh, current_device
 
-LoadFrames = Callable[[Sequence[FrameRef]], Tensor]
+LoadFrames = Callable[[Sequence[Frame]], Tensor]
 
 
 @dataclass(frozen=True)

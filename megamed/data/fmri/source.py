@@ -12,13 +12,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megamed.data.batch import QA, Document, FrameRef, Microbatch, conversation, pack, prompt
+from megamed.data.batch import QA, Document, Microbatch, conversation, pack, prompt
 from megamed.data.config import DataConfig, validate
 from megamed.data.fmri.facts import RunFacts, measure
 from megamed.data.fmri.mosaic import StretchScale, measure_scale, mosaic_frames
@@ -45,6 +46,17 @@ HELD_OUT_VOLUMES = 5
 
 # Facts kept (some hundred bytes each) and stretches whose mean volume and mask are kept (a few MB each).
 _CACHED_FACTS, _CACHED_SCALES = 4096, 16
+
+
+@dataclass(frozen=True)
+class FrameRef:
+    """One frame of a stretch of the run: volume `first + index * stride`, drawn on the scale of
+    the `num_volumes` volumes `first`, `first + stride`, ... ."""
+
+    first: int
+    num_volumes: int
+    index: int
+    stride: int = 1
 
 
 class FmriSource:
