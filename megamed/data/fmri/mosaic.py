@@ -25,9 +25,7 @@ import torch
 from torch import Tensor
 
 from megamed.data.fmri.facts import head_mask, head_signal
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from megamed.data.frames.spec import IMAGENET_MEAN, IMAGENET_STD
 
 # Scales of channels 1 and 2, in percent.
 VOXEL_SCALE = 3.0

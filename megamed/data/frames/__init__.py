@@ -1,5 +1,20 @@
-"""Frames: which of a study are shown, through which windows, and their pixels on the device."""
+"""Frames: which of a study are shown, through which windows, and their pixels on the device.
 
-from megamed.data.frames.spec import MOSAIC, StudyFrame, Window
+Nothing here imports torch; the loaders do (`megamed.data.frames.loader`).
+"""
 
-__all__ = ["MOSAIC", "StudyFrame", "Window"]
+from megamed.data.frames.config import FramesConfig, LoaderConfig, validate_frames, validate_loader
+from megamed.data.frames.spec import MOSAIC, PlannedStudy, StudyFrame, Window
+from megamed.data.frames.windows import WINDOWS
+
+__all__ = [
+    "MOSAIC",
+    "WINDOWS",
+    "FramesConfig",
+    "LoaderConfig",
+    "PlannedStudy",
+    "StudyFrame",
+    "Window",
+    "validate_frames",
+    "validate_loader",
+]

@@ -14,6 +14,10 @@ MOSAIC = -1
 Window = tuple[float, float]
 """Values that become 0 and 1; what is beyond is clipped."""
 
+# ImageNet's, which InternVL's image processor takes.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 
 @dataclass(frozen=True)
 class StudyFrame:
@@ -36,3 +40,18 @@ class StudyFrame:
     windows: tuple[Window, Window, Window]
     box: tuple[float, float, float, float] | None = None
     fit: Literal["pad", "stretch"] = "pad"
+
+
+@dataclass(frozen=True)
+class PlannedStudy:
+    """What a sample shows of one series, film or picture.
+
+    Attributes:
+        header: one line that says what is shown; empty where nothing is known but the pixels.
+        frames: in the order in which they are shown.
+        labels: of each frame, what stands before it ("z=12.5 mm"); empty where there is nothing to say.
+    """
+
+    header: str
+    frames: list[StudyFrame]
+    labels: list[str]
