@@ -73,11 +73,14 @@ class SeriesPlan:
     Attributes:
         reader: name of the reader.
         identity: whose it is.
-        part: tells apart what one DICOM series holds several of ("echo 2"); empty where there is one. With
-            `identity.series` it names the series for ever, so it must not depend on which other files are there.
+        part: tells apart what one DICOM series holds several of ("axial 64x64 TE 30 ms"); empty where a source can
+            only ever be one. With `identity.series` it names the series for ever, so it must not depend on which
+            other files are there.
         headers: of the files, in the order in which `read` wants them.
         num_voxels: that `read` will return, for limits and the order of work.
         notes: what is unusual, for `SeriesInfo.notes`.
+        label: what tells it from the others of its series that are there, for `SeriesInfo.part`; empty where it is
+            the only one.
     """
 
     reader: str
@@ -86,6 +89,7 @@ class SeriesPlan:
     headers: tuple[FileHeader, ...]
     num_voxels: int
     notes: tuple[str, ...] = ()
+    label: str = ""
 
 
 @dataclass(frozen=True)
