@@ -1,6 +1,7 @@
 """Pretrain a vision-language model.
 
     torchrun --nproc-per-node 2 launch/pretrain.py +exp=fmri [key=value ...]
+    torchrun --nproc-per-node 2 launch/pretrain.py +exp=ct data.store=STORE [key=value ...]
 
 `--cfg` prints the composed configuration and stops. Without torchrun it is a job of one process.
 """
@@ -41,13 +42,11 @@ def main(args: argparse.Namespace) -> None:
         return
     run.check_values(config)
     config.validate(runtime.world_size())
-    data.validate(config.data)
     tokenizer = data.load_tokenizer(config.data.tokenizer)
     run.check_vocabulary(config, tokenizer)
-    fmri = data.read_run(config.data.path)
     size = config.model.vision.image_size
     num_tokens = tokens_per_frame(size, config.model.vision.patch_size, config.model.projector.downsample_ratio)
-    source = data.FmriSource(fmri, config.data, tokenizer, size, num_tokens, config.document_multiple)
+    source = data.build_source(config.data, tokenizer, size, num_tokens, config.document_multiple)
     run.say_start()
 
     runtime.start()
@@ -58,7 +57,9 @@ def main(args: argparse.Namespace) -> None:
     facts = run.describe(config, mesh)
     saved = (config.checkpoint, job.model, job.optimizer, job.scheduler)
     manager = checkpoint.CheckpointManager(folder / "checkpoints", *saved, mesh, facts)
-    start_step = manager.load(resume_from)["step"] if resume_from else 0
+    card: dict = manager.load(resume_from) if resume_from else {"step": 0, "position": 0}
+    source.restore(card["position"], card.get("data", {}))
+    start_step = card["step"]
     ask = partial(
         eval.ask_held_out, job.model, job.phase, mesh, source, tokenizer,
         config.data.seq_length, config.model.language.vocab_size, config.eval.max_new_tokens, config.eval.blank_control,
@@ -72,12 +73,12 @@ def main(args: argparse.Namespace) -> None:
             progress,
             train.Metrics(folder / "metrics.jsonl", peak),
             train.Wandb(config.wandb, folder, config.run.name, facts, peak),
-            train.Checkpoints(manager, config.checkpoint.every_steps, config.train.steps),
+            train.Checkpoints(manager, source, config.checkpoint.every_steps, config.train.steps),
         ]
         if config.eval.held_out:
             callbacks.append(evaluation)
         try:
-            train.fit(job, source, callbacks, start_step)
+            train.fit(job, source, callbacks, start_step, card["position"])
         finally:
             progress.close()
     else:

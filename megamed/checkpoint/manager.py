@@ -108,12 +108,13 @@ class CheckpointManager:
         self._is_validated = False
         self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
 
-    def save(self, step: int, position: int) -> Path:
+    def save(self, step: int, position: int, data: dict[str, Any] | None = None) -> Path:
         """Save after `step` steps. Collective. With `asynchronous`, returns while it is being written.
 
         Args:
             step: optimizer steps taken.
             position: microbatches of the data consumed, over all replicas.
+            data: what the data source keeps of that position, for the card; JSON-serialisable.
 
         Returns:
             The folder that the checkpoint will have.
@@ -132,7 +133,9 @@ class CheckpointManager:
             "random": random_state(),
         }
         self._on_first_rank(lambda: self._prepare(aside), target)
-        card = {**self.describe, "step": step, "position": position, "world_size": dist.get_world_size()}
+        card = {
+            **self.describe, "step": step, "position": position, "data": data or {}, "world_size": dist.get_world_size()
+        }
         try:
             request = dist_checkpointing.save(
                 state,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,6 +64,10 @@ class TextTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, without the special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def digest(self) -> str:
+        """A sum over all that decides which ids a text has."""
+        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()[:16]
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers` loads."""

@@ -63,6 +63,12 @@ class FramePasses:
         self.frames_in_flight = frames_in_flight
         self._passes: list[_Pass] = []
 
+    def split(self, frames: Sequence[Frame]) -> list[list[Frame]]:
+        """The passes that `forward` encodes frames in."""
+        return [
+            list(frames[start : start + self.frames_per_pass]) for start in range(0, len(frames), self.frames_per_pass)
+        ]
+
     def forward(
         self, frames: Sequence[Frame], load: Callable[[Sequence[Frame]], Tensor], keep_graph: bool = True
     ) -> Tensor:
@@ -70,7 +76,7 @@ class FramePasses:
 
         Args:
             frames: what to encode; each is loaded once.
-            load: pixels [N, C, H, W] of some references, on the host.
+            load: pixels [N, C, H, W] of some references, on the host or on the device.
             keep_graph: False if `backward` will not follow.
 
         Returns:
@@ -80,15 +86,17 @@ class FramePasses:
         rows_RD = torch.empty(
             len(frames) * self.tokens_per_frame, self.hidden_size, dtype=self.dtype, device=current_device()
         )
-        for start in range(0, len(frames), self.frames_per_pass):
-            stop = min(start + self.frames_per_pass, len(frames))
+        stop = 0
+        for portion in self.split(frames):
+            start, stop = stop, stop + len(portion)
             region = slice(start * self.tokens_per_frame, stop * self.tokens_per_frame)
-            pixels_NCHW = load(frames[start:stop]).to(self.dtype)
+            pixels_NCHW = load(portion).to(current_device(), non_blocking=True).to(self.dtype)
             with_graph = keep_graph and (self.frames_in_flight is None or stop <= self.frames_in_flight)
             encoded_RD = self._encode(pixels_NCHW, with_graph)
             rows_RD[region] = encoded_RD.detach()
             if keep_graph:  # of a graph the end alone: the rows themselves are where the caller wants them
-                self._passes.append(_Pass(region, get_gradient_edge(encoded_RD) if with_graph else pixels_NCHW))
+                kept = get_gradient_edge(encoded_RD) if with_graph else _on_host(pixels_NCHW)
+                self._passes.append(_Pass(region, kept))
         return rows_RD
 
     def backward(self, grad_RD: Tensor) -> None:
@@ -107,4 +115,11 @@ class FramePasses:
 
     def _encode(self, pixels_NCHW: Tensor, with_graph: bool) -> Tensor:
         with torch.set_grad_enabled(with_graph):
-            return self.encoder(pixels_NCHW.to(current_device()))
+            return self.encoder(pixels_NCHW.to(current_device(), non_blocking=True))
+
+
+def _on_host(pixels_NCHW: Tensor) -> Tensor:
+    """The pixels in the host's memory, whence they come back without a detour."""
+    if pixels_NCHW.device.type == "cpu":
+        return pixels_NCHW
+    return torch.empty_like(pixels_NCHW, device="cpu", pin_memory=True).copy_(pixels_NCHW, non_blocking=True)

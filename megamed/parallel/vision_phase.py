@@ -58,6 +58,23 @@ class VisionPhase:
         self.num_encoded = 0
         """Frames that this rank encoded in the last step."""
 
+    def own_frames(self, microbatches: Sequence[Microbatch]) -> list[Frame]:
+        """The frames of a step that this rank encodes, in its order.
+
+        Args:
+            microbatches: as for `forward`.
+        """
+        return [
+            frame
+            for m, owner in zip(microbatches, self._deal(microbatches), strict=True)
+            for frame, rank in zip(m.frames, owner, strict=True)
+            if rank == self.rank
+        ]
+
+    def own_passes(self, microbatches: Sequence[Microbatch]) -> list[list[Frame]]:
+        """The same frames in the portions in which `forward` loads them."""
+        return self.passes.split(self.own_frames(microbatches))
+
     def forward(
         self, microbatches: Sequence[Microbatch], load: Callable[[Sequence[Frame]], Tensor], keep_graph: bool = True
     ) -> list[Tensor]:
@@ -72,13 +89,8 @@ class VisionPhase:
             For each microbatch, the rows [R, H] whose positions this rank embeds, frame by frame:
             leaves that collect gradients if `keep_graph`.
         """
-        owners = deal_frames([len(m.frames) for m in microbatches], self.mesh.replica.size())
-        mine = [
-            frame
-            for m, owner in zip(microbatches, owners, strict=True)
-            for frame, rank in zip(m.frames, owner, strict=True)
-            if rank == self.rank
-        ]
+        owners = self._deal(microbatches)
+        mine = self.own_frames(microbatches)
         self.num_encoded = len(mine)
         encoded = self.passes.forward(mine, load, keep_graph)
         if not any(len(m.frames) for m in microbatches):
@@ -123,6 +135,9 @@ class VisionPhase:
     def language_inputs(self, microbatches: Sequence[Microbatch], rows: Sequence[Tensor]) -> list[LanguageInput]:
         """Join microbatches and the rows that `forward` returned for them."""
         return [language_input(m, r, self.mesh) for m, r in zip(microbatches, rows, strict=True)]
+
+    def _deal(self, microbatches: Sequence[Microbatch]) -> list[np.ndarray]:
+        return deal_frames([len(m.frames) for m in microbatches], self.mesh.replica.size())
 
     def _all_to_all(self, rows_RH: Tensor, send_splits: list[int], recv_splits: list[int]) -> Tensor:
         if self.mesh.replica.size() == 1:  # a replica of one rank keeps what it has

@@ -1,12 +1,14 @@
 """A source of random microbatches that mixes many-frame, one-frame and text-only documents."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megamed.data import FrameRef, Microbatch
+from megamed.data import FrameRef, HeldOutItem, Microbatch
+from megamed.data.source import Cost, take_turns
 
 # Frames of each document, by microbatch: many, one and none, a microbatch without any, and uneven remainders.
 MIXED = ((5, 0, 1), (0, 0), (1,), (7, 2))
@@ -86,3 +88,15 @@ class SyntheticSource:
             return torch.empty(0, 3, size, size)
         draws = [np.random.default_rng((11, f.first, f.index)).standard_normal((3, size, size)) for f in frames]
         return torch.from_numpy(np.stack(draws).astype(np.float32))
+
+    def share(self, first: int, count: int, num_shares: int, cost: Cost) -> list[list[int]]:
+        return take_turns(first, count, num_shares)
+
+    def state(self, position: int) -> dict[str, Any]:
+        return {}
+
+    def restore(self, position: int, state: dict[str, Any]) -> None:
+        pass
+
+    def held_out(self) -> list[HeldOutItem]:
+        return []

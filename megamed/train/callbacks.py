@@ -13,6 +13,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megamed.checkpoint import CheckpointManager
+from megamed.data import MicrobatchSource
 from megamed.runtime import peak_memory_bytes
 from megamed.train.config import WandbConfig
 from megamed.train.loop import StepEvent
@@ -194,8 +195,8 @@ class Wandb:
 class Checkpoints:
     """Saves every `every_steps` steps and after the last one."""
 
-    def __init__(self, manager: CheckpointManager, every_steps: int, total_steps: int):
-        self.manager, self.every_steps, self.total_steps = manager, every_steps, total_steps
+    def __init__(self, manager: CheckpointManager, source: MicrobatchSource, every_steps: int, total_steps: int):
+        self.manager, self.source, self.every_steps, self.total_steps = manager, source, every_steps, total_steps
 
     def start(self, step: int) -> None:
         pass
@@ -204,7 +205,7 @@ class Checkpoints:
         self.manager.poll()
         due = self.every_steps and event.step % self.every_steps == 0
         if due or event.step == self.total_steps:
-            self.manager.save(event.step, event.position)
+            self.manager.save(event.step, event.position, self.source.state(event.position))
 
     def end(self) -> None:
         self.manager.wait()

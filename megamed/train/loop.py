@@ -3,13 +3,13 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
-from torch import Tensor
-
-from megamed.data import Frame, MicrobatchSource
+from megamed.data import Microbatch, MicrobatchSource
 from megamed.train.job import Job
-from megamed.train.meter import step_flops, sum_over_replicas
+from megamed.train.meter import row_flops, step_flops, sum_over_replicas
+from megamed.train.prefetch import Prefetcher
 from megamed.train.step import StepReport
 from megamed.utils import UserError
 
@@ -44,61 +44,56 @@ class Callback(Protocol):
         """After the last step, and only if no step failed."""
 
 
-class _TimedSource:
-    """Adds up the time that a source took."""
-
-    def __init__(self, source: MicrobatchSource):
-        self.source = source
-        self.seconds = 0.0
-
-    def load(self, frames: Sequence[Frame]) -> Tensor:
-        start = time.perf_counter()
-        loaded = self.source.load_frames(frames)
-        self.seconds += time.perf_counter() - start
-        return loaded
-
-
-def fit(job: Job, source: MicrobatchSource, callbacks: Sequence[Callback], start_step: int) -> None:
+def fit(
+    job: Job,
+    source: MicrobatchSource,
+    callbacks: Sequence[Callback],
+    start_step: int,
+    start_position: int | None = None,
+) -> None:
     """Train from `start_step` to the job's last step.
 
     Args:
         job: the placed model and what trains it.
-        source: the data; step s takes rows s * n to (s + 1) * n - 1, n the microbatches of the global batch.
+        source: the data; each step takes the next n rows, n the microbatches of the global batch.
         callbacks: called in this order.
         start_step: steps already taken.
+        start_position: rows already consumed; None for n a step.
     """
-    mesh, count = job.mesh, job.config.train.microbatches
+    mesh, count, model = job.mesh, job.config.train.microbatches, job.config.model
+    offset = 0 if start_position is None else start_position - start_step * count
     for callback in callbacks:
         callback.start(start_step)
-    for step in range(start_step, job.config.train.steps):
-        began = time.perf_counter()
-        timed = _TimedSource(source)
-        microbatches = [
-            source.microbatch(step * count + i) for i in range(mesh.data_rank, count, mesh.data_size)
-        ]
-        timed.seconds += time.perf_counter() - began
-        lr = job.optimizer.param_groups[0]["lr"]
-        try:
-            report = job.stepper.train(microbatches, timed.load, job.optimizer)
-        except FloatingPointError as error:
-            raise UserError(
-                f"step {step + 1}: {error}; the weights are those of step {step}. Lower optim.lr or look at the "
-                "data of this step, then run again to go on from the last checkpoint",
-                everywhere=True,
-            ) from error
-        job.scheduler.step(1)
-        flops = sum_over_replicas(float(step_flops(job.config.model, microbatches)), mesh)
-        event = StepEvent(
-            step=step + 1,
-            position=(step + 1) * count,
-            report=report,
-            lr=float(lr),
-            seconds=time.perf_counter() - began,
-            data_seconds=timed.seconds,
-            flops=flops,
-        )
-        for callback in callbacks:
-            callback.after_step(event)
+
+    def rows(step: int) -> list[Microbatch]:
+        shares = source.share(step * count + offset, count, mesh.data_size, partial(row_flops, model))
+        return [source.microbatch(index) for index in shares[mesh.data_rank]]
+
+    steps, most_frames = range(start_step, job.config.train.steps), job.config.data.loader.prefetch_frames
+    with Prefetcher(steps, rows, job.phase.own_passes, source.load_frames, most_frames) as prefetcher:
+        for step in steps:
+            began, waited = time.perf_counter(), prefetcher.seconds
+            microbatches = prefetcher.rows(step)
+            lr = job.optimizer.param_groups[0]["lr"]
+            try:
+                report = job.stepper.train(microbatches, prefetcher.load, job.optimizer)
+            except FloatingPointError as error:
+                raise UserError(
+                    f"step {step + 1}: {error}; the weights are those of step {step}. Lower optim.lr or look at the "
+                    "data of this step, then run again to go on from the last checkpoint",
+                    everywhere=True,
+                ) from error
+            job.scheduler.step(1)
+            event = StepEvent(
+                step=step + 1,
+                position=(step + 1) * count + offset,
+                report=report,
+                lr=float(lr),
+                flops=sum_over_replicas(float(step_flops(model, microbatches)), mesh),
+                seconds=time.perf_counter() - began,
+                data_seconds=prefetcher.seconds - waited,
+            )
+            for callback in callbacks:
+                callback.after_step(event)
     for callback in callbacks:
         callback.end()
-

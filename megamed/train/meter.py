@@ -31,6 +31,19 @@ def step_flops(model: VLMConfig, microbatches: Sequence[Microbatch]) -> int:
     return total
 
 
+def row_flops(model: VLMConfig, lengths: Sequence[int], num_frames: int) -> float:
+    """What a row costs, for comparing rows: FLOPs as `step_flops` counts them, before its tokens are there.
+
+    Args:
+        model: the model.
+        lengths: tokens of its documents.
+        num_frames: frames of all of them.
+    """
+    seen = vision_flops(model.vision, num_frames).total
+    seen += projector_flops(model.projector, num_frames, model.vision.image_size, model.vision.patch_size).total
+    return float(seen + flops_of_language(model.language, lengths).total)
+
+
 def sum_over_replicas(value: float, mesh: Mesh) -> float:
     """Sum of a number that all ranks of a replica share, over the replicas. Collective."""
     total = torch.tensor(value, dtype=torch.float64, device=current_device())

@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from megamed.data.fmri.facts import RunFacts, measure
 from megamed.data.fmri.mosaic import StretchScale, measure_scale, mosaic_frames
 from megamed.data.fmri.questions import QUESTIONS, Judge, ask, ask_one, askable, number_text
 from megamed.data.fmri.run import FmriRun
-from megamed.data.source import HeldOutItem
+from megamed.data.source import Cost, HeldOutItem, take_turns
 from megamed.data.tokenizer import TextTokenizer
 from megamed.utils import UserError
 
@@ -129,6 +130,17 @@ class FmriSource:
                 self._signal(*stretch), self._image_size, [frame.index], self._scale(*stretch)
             )[0]
         return frames_NCHW
+
+    def share(self, first: int, count: int, num_shares: int, cost: Cost) -> list[list[int]]:
+        """By turns: rows are much alike."""
+        return take_turns(first, count, num_shares)
+
+    def state(self, position: int) -> dict[str, Any]:
+        """Nothing: a row needs its index alone."""
+        return {}
+
+    def restore(self, position: int, state: dict[str, Any]) -> None:
+        """Nothing to do."""
 
     def held_out(self) -> list[HeldOutItem]:
         """Each question that makes sense about stretches and single volumes of the held-out part."""

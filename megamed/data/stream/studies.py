@@ -1,0 +1,127 @@
+"""A source of studies, built from the configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from megamed.data.config import FACTS, REPORTS, DataConfig, DatasetConfig
+from megamed.data.frames.loader import FrameLoader
+from megamed.data.samples.file import load
+from megamed.data.store import VolumeStore
+from megamed.data.stream.chat import ChatWriter
+from megamed.data.stream.datasets import DataSet, FactSamples, FileSamples, held_out_patients
+from megamed.data.stream.documents import Documents
+from megamed.data.stream.source import HeldOutSeries, StreamOptions, StudySource
+from megamed.data.tokenizer import TextTokenizer
+from megamed.utils import UserError
+
+log = logging.getLogger("megamed.data")
+
+# Series of the held-out part that are asked about; half a dozen questions each.
+HELD_OUT_SERIES = 24
+# Samples of each data set that are looked at before training begins, so that a wrong one is not met hours later.
+CHECKED = 2000
+# Frames of a fact sample and of a held-out question, unless data.frames.choice.at_most allows fewer.
+FACT_FRAMES = 32
+
+
+def build_studies(
+    config: DataConfig, tokenizer: TextTokenizer, image_size: int, tokens_per_frame: int, document_multiple: int
+) -> StudySource:
+    """The source of a valid configuration with a store or data sets; arguments as for `build_source`.
+
+    Raises:
+        UserError: no store, no series, no sample, or a sample that cannot be used.
+    """
+    store = VolumeStore(config.store) if config.store else None
+    if store is not None and not len(store):
+        raise UserError(f"data.store={config.store}: the store has no series; add some with tools/ingest.py SOURCE "
+                        f"--out {config.store}", everywhere=True)
+    training, held_out = _split(store, config.held_out)
+    chosen = config.datasets or [_default(config.store)]
+    datasets = [_open(entry, config, store, training, held_out) for entry in chosen]
+    writer = ChatWriter(tokenizer, tokens_per_frame)
+    documents = Documents(writer, store, config.frames, config.seq_length, config.too_long)
+    packing = config.packing
+    source = StudySource(
+        datasets,
+        [entry.weight for entry in chosen],
+        documents,
+        FrameLoader(image_size, config.frames, config.loader),
+        StreamOptions(
+            config.seed, document_multiple, packing.rows_per_block, packing.max_documents, config.accept_changes
+        ),
+        HeldOutSeries(store, held_out[:HELD_OUT_SERIES], _fact_frames(config), config.seq_length) if store else None,
+        _settings(config, tokenizer, tokens_per_frame, document_multiple, held_out),
+    )
+    source.check(CHECKED)
+    return source
+
+
+def _split(store: VolumeStore | None, share: float) -> tuple[list[str], list[str]]:
+    """Names of the series to train on and of those that are held out, all of a patient's on one side."""
+    if store is None:
+        return [], []
+    columns = (store.index.table[name].to_pylist() for name in ("series", "patient", "study"))
+    patients = {series: patient or study or series for series, patient, study in zip(*columns, strict=True)}
+    chosen = held_out_patients(set(patients.values()), share)
+    held_out = [series for series, patient in patients.items() if patient in chosen]
+    training = [series for series, patient in patients.items() if patient not in chosen]
+    log.info("volume store of %d series: %d to train on, %d of %d patients held out",
+             len(patients), len(training), len(held_out), len(chosen))
+    if share and not chosen:
+        log.warning("all series are of one patient: nothing is held out (data.held_out=%g)", share)
+    return training, held_out
+
+
+def _default(store: str) -> DatasetConfig:
+    has_reports = _reports(store).is_file() and _reports(store).stat().st_size > 0
+    return DatasetConfig(REPORTS, REPORTS) if has_reports else DatasetConfig(FACTS, FACTS)
+
+
+def _reports(store: str) -> Path:
+    return Path(store) / "samples.jsonl"
+
+
+def _open(
+    entry: DatasetConfig, config: DataConfig, store: VolumeStore | None, training: Sequence[str],
+    held_out: Sequence[str],
+) -> DataSet:
+    if entry.path in (FACTS, REPORTS) and store is None:
+        raise UserError(f"data set {entry.name}: path={entry.path} needs a volume store; set data.store, or give the "
+                        "path of a JSON Lines file", everywhere=True)
+    if entry.path == FACTS:
+        assert store is not None
+        return FactSamples(entry.name, store, training, config.seed, config.questions, _fact_frames(config))
+    path = _reports(config.store) if entry.path == REPORTS else Path(entry.path).expanduser()
+    return FileSamples(entry.name, load(path), store, frozenset(held_out))
+
+
+def _fact_frames(config: DataConfig) -> int:
+    return min(FACT_FRAMES, config.frames.choice.at_most or FACT_FRAMES)
+
+
+def _settings(
+    config: DataConfig, tokenizer: TextTokenizer, tokens_per_frame: int, document_multiple: int,
+    held_out: Sequence[str],
+) -> dict[str, object]:
+    """What decides which samples there are and how long they are, beside the samples themselves."""
+    frames = {key: value for key, value in asdict(config.frames).items() if key not in ("augment", "interpolation")}
+    return {
+        "data.seed": config.seed,
+        "data.seq_length": config.seq_length,
+        "data.too_long": config.too_long,
+        "data.questions": config.questions,
+        "data.packing": asdict(config.packing),
+        "data.frames": json.loads(json.dumps(frames)),
+        "held-out series": hashlib.sha256(" ".join(held_out).encode()).hexdigest()[:16],
+        "tokenizer": tokenizer.digest(),
+        "tokens of a frame": tokens_per_frame,
+        "documents are filled up to a multiple of": document_multiple,
+    }
+
