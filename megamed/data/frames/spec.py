@@ -5,8 +5,12 @@ Shape suffixes as in `megamed.data.series`: T volumes, S slices, H and W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOSAIC = -1
 """As a slice's number: all slices of the volume, tiled into a square."""
@@ -55,3 +59,29 @@ class PlannedStudy:
     header: str
     frames: list[StudyFrame]
     labels: list[str]
+
+
+Seeds = Sequence[int | None] | None
+"""Of each frame's augmentation, 0 or more; None for none, of a frame or of all."""
+
+
+class FrameLoader(Protocol):
+    """Makes frames. Any thread may call it; calls wait for each other."""
+
+    def load(self, frames: Sequence[StudyFrame], seeds: Seeds = None) -> Tensor:
+        """Make some frames.
+
+        A frame's pixels depend on nothing but the frame and its seed: not on which others are made with it, nor on
+        what was made before.
+
+        Args:
+            frames: any number, of any shapes and types.
+            seeds: of their augmentation.
+
+        Returns:
+            frames_NCHW, float32 [len(frames), 3, size, size], on the device.
+
+        Raises:
+            UserError: a file is missing, damaged, or does not have the frame.
+        """
+        ...
