@@ -15,6 +15,11 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 
+# Each gloo group has threads that wake all the time, and Megatron's MoE layers keep theirs for good: a process with
+# more of them than this is replaced. A new one costs a fork.
+_MOST_THREADS = 24
+
+
 class RankError(AssertionError):
     """A rank raised, died or did not answer; the message has its traceback."""
 
@@ -78,13 +83,16 @@ class RankPool:
                 assert isinstance(pipe, Connection)
                 rank = ranks[pipe]
                 try:
-                    failed, value = pipe.recv()
+                    failed, value, is_worn_out = pipe.recv()
                 except EOFError:
-                    failed, value = True, "the process died"
+                    failed, value, is_worn_out = True, "the process died", False
                 if failed:
                     self.close()
                     raise RankError(f"rank {rank} of {len(workers)}:\n{value}")
                 results[rank] = value
+                if is_worn_out:
+                    self._workers[rank][0].join()
+                    self._workers[rank] = self._start()
         return [results[rank] for rank in range(len(workers))]
 
 
@@ -101,14 +109,16 @@ def _serve(pipe: Connection) -> None:
         sys.path[:] = path
         try:
             dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
-            value = function(*args)
+            value, failed = function(*args), False
             if dist.is_initialized():
                 dist.barrier()  # who leaves early hangs up on ranks that are still making connections
-            pipe.send((False, value))
         except BaseException:
-            pipe.send((True, traceback.format_exc()))
-        finally:
-            _leave()
+            value, failed = traceback.format_exc(), True
+        _leave()
+        is_worn_out = len(os.listdir("/proc/self/task")) > _MOST_THREADS
+        pipe.send((failed, value, is_worn_out))
+        if is_worn_out:
+            return
 
 
 def _leave() -> None:
@@ -121,5 +131,5 @@ def _leave() -> None:
     destroy_mesh()
     if dist.is_initialized():
         dist.destroy_process_group()
-    # A job's modules and groups are in cycles; every gloo group that stays has a thread that wakes all the time.
+    # A job's modules and groups are in cycles.
     gc.collect()
