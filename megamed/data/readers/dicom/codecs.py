@@ -15,7 +15,10 @@ of a sign; elsewhere the header's PixelRepresentation decides.
 
 from __future__ import annotations
 
+import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import gdcm
@@ -110,11 +113,26 @@ def decode(stream: bytes, facts: Facts) -> np.ndarray:
     if facts.syntax != codes.RLE and _END not in stream[-_PADDING:]:
         raise Refusal("truncated", "a compressed picture without its end", AGAIN)
     try:
-        return _decode(stream, facts)
+        with _silent():
+            return _decode(stream, facts)
     except Refusal:
         raise
     except Exception as error:  # decoders raise whatever damaged streams lead them to
         raise Refusal("undecodable", f"a picture that cannot be decoded ({type(error).__name__})", AGAIN) from None
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """The C libraries below the decoders complain to the process's standard error, past Python."""
+    kept = os.dup(2)
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _decode(stream: bytes, facts: Facts) -> np.ndarray:

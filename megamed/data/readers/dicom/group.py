@@ -8,6 +8,7 @@ their own. A part is called by its own values of these, so its name stays whatev
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -80,7 +81,18 @@ def parts_of(files: Sequence[tuple[FileHeader, Facts]]) -> list[Part]:
     for alike in _alike(items):
         for acquisition in _acquisitions(alike):
             parts.append(_part(acquisition, len(acquisition) < len(alike)))
+    _tell_apart(parts)
     return parts
+
+
+def _tell_apart(parts: Sequence[Part]) -> None:
+    """Parts that differ by less than their names say are told apart by more digits of what differs."""
+    names = Counter(part.name for part in parts)
+    for part in parts:
+        if names[part.name] > 1:
+            facts, frame = part.items[0].facts, part.items[0].frame
+            own = (facts.modality, [round(value, 3) for value in frame.orientation], frame.spacing, frame.types)
+            part.words["own"] = hashlib.sha256(repr(own).encode()).hexdigest()[:8]
 
 
 def _group_series(files: list[tuple[FileHeader, Facts]], reader: str, grouping: Grouping) -> None:
@@ -197,7 +209,7 @@ def _acquisitions(items: list[Item]) -> list[list[Item]]:
 
 def _part(items: list[Item], is_acquisition: bool) -> Part:
     places = find_places(items)
-    words = _words(items, places)
+    words = _words(items)
     if is_acquisition:
         words["acquisition"] = f"acquisition {items[0].frame.acquisition}"
     part = Part(words, items)
@@ -212,7 +224,7 @@ def _part(items: list[Item], is_acquisition: bool) -> Part:
     return part
 
 
-def _words(items: Sequence[Item], places: Sequence[Place]) -> _Words:
+def _words(items: Sequence[Item]) -> _Words:
     """What a part is called by, from its own values alone."""
     facts, frame = items[0].facts, items[0].frame
     cosines = np.mean([item.frame.orientation for item in items], axis=0)
@@ -220,9 +232,9 @@ def _words(items: Sequence[Item], places: Sequence[Place]) -> _Words:
     axes[:3, 0], axes[:3, 1], axes[:3, 2] = cosines[:3], cosines[3:], np.cross(cosines[:3], cosines[3:])
     plane: str = find_turn(axes, 2).plane
     if np.abs(cosines - np.rint(cosines)).max() > _STRAIGHT:
-        rounded = " ".join(f"{value:.2f}" for value in np.round(cosines, 2) + 0.0)
+        rounded = " ".join(f"{round(float(value), 2) + 0.0:.2f}" for value in cosines)
         plane += f" {hashlib.sha256(rounded.encode()).hexdigest()[:4]}"
-    row, column = (f"{value:.3g}" for value in items[0].frame.spacing)
+    row, column = (f"{value:.3g}" for value in frame.spacing)
     return {
         "orientation": plane,
         "matrix": f"{facts.columns}x{facts.rows}",
@@ -230,7 +242,7 @@ def _words(items: Sequence[Item], places: Sequence[Place]) -> _Words:
         "echo": "" if frame.echo_ms is None else f"TE {frame.echo_ms:g} ms",
         "b": "" if frame.b_value is None else f"b {frame.b_value:g}",
         "type": " ".join(_known(one) for one in frame.types if one not in ("ORIGINAL", "PRIMARY")),
-        "stack": f"stack {_known(frame.stack) if not frame.stack.isdigit() else frame.stack}" if frame.stack else "",
+        "stack": f"stack {frame.stack if frame.stack.isdigit() else _known(frame.stack)}" if frame.stack else "",
     }
 
 
@@ -244,7 +256,8 @@ def _known(word: str) -> str:
 def _label(part: Part, parts: Sequence[Part]) -> str:
     """What tells a part from the others of its series, for people."""
     differing = [kind for kind in _kinds(parts) if len({other.words.get(kind, "") for other in parts}) > 1]
-    return ", ".join(word for kind in differing if (word := part.words.get(kind, "")))
+    words = {**part.words, "orientation": part.words["orientation"].partition(" ")[0]}
+    return ", ".join(word for kind in differing if (word := words.get(kind, "")))
 
 
 def _kinds(parts: Sequence[Part]) -> list[str]:

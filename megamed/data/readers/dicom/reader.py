@@ -5,6 +5,7 @@ Shape suffixes as in `megamed.data.series`: T volumes, S slices, H and W pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def _read_stack(plan: SeriesPlan, part: Part) -> Series:
     row_mm, column_mm = (stack.spacing_mm[axis] for axis in turn.axes[:2])
     info = _info(plan, facts, first.frame, (*plan.notes, *notes), voxels_TSHW)
     info.kind, info.plane = "run" if num_volumes > 1 else "volume", turn.plane
-    info.affine = tuple(tuple(row) for row in turn.affine(stack.affine, raw_shape).tolist())
+    info.affine = tuple(tuple(row) for row in (turn.affine(stack.affine, raw_shape) + 0.0).tolist())
     info.spacing_mm = (row_mm, column_mm, stack.spacing_mm[2])
     info.slice_positions_mm = _turned_positions(stack.positions_mm, turn.flipped[2])
     info.gantry_tilt_deg = stack.tilt_deg
@@ -132,8 +133,11 @@ def _values(
         result = result if result.dtype.kind == "i" else result.astype(np.float32)
     if facts.modality != "CT" or not facts.padding or table is not None:
         return result, None
-    ends = sorted(frame.slope * end + frame.intercept for end in facts.padding)
-    return result, (ends[0], ends[1])
+    low, high = sorted(frame.slope * end + frame.intercept for end in facts.padding)
+    if facts.units == "HU" and high < values.VACUUM_HU:
+        # Nothing real is there: lossy compression has made a range of the one value.
+        return result, (-math.inf, (high + values.VACUUM_HU) / 2)
+    return result, (low, high)
 
 
 def _read_picture(plan: SeriesPlan, header: FileHeader, facts: Facts) -> Series:

@@ -15,6 +15,9 @@ from megamed.data.voxels import to_smallest
 # Their numbers are physical quantities whichever way they are shown, so MONOCHROME1 turns nothing round.
 _QUANTITIES = ("CT", "PT", "NM")
 
+# Where the scale of CT begins; noise reaches a little below air (-1000), writers cut it off here.
+VACUUM_HU = -1024
+
 # Whole numbers are gathered in the first of these that holds them all.
 _WHOLE = ("int16", "uint16", "int32")
 
