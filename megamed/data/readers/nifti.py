@@ -91,9 +91,7 @@ class NiftiReader:
         planned: dict[str, Path] = {}
         ordered = sorted(headers, key=lambda header: header.path)
         data = {header.path: header for header in ordered if header.facts["is_data"]}
-        for header in ordered:
-            if header.path in data:
-                continue
+        for header in [header for header in ordered if not header.facts["is_data"]]:
             beside = data.pop(data_path_of(header.path) or header.path, None)
             own = (header,) if beside is None else (header, beside)
             if header.identity.series in planned:
