@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from megamed.data.series import SeriesInfo
 from megamed.data.store.record import SeriesRecord
 from megamed.data.store.volume_store import VolumeStore
 
@@ -25,15 +26,14 @@ def describe(store: VolumeStore, series: bool = False) -> str:
         store: to describe.
         series: one row for each series instead.
     """
-    rows = _series_rows(store) if series else _group_rows(store)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    # Numbers stand at the right of their column, words at the left.
-    aligned = [
-        "  ".join(cell.rjust(width) if rows[-1][i][:1].isdigit() else cell.ljust(width)
+    rows, num_words = (_series_rows(store), 5) if series else (_group_rows(store), len(_GROUP))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        # Words stand at the left of their column, numbers at the right.
+        "  ".join(cell.ljust(width) if i < num_words else cell.rjust(width)
                   for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
         for row in rows
-    ]
-    return "\n".join(aligned)
+    )
 
 
 def contact_sheet(store: VolumeStore, path_png: str | Path, max_series: int = 48) -> int:
@@ -75,7 +75,7 @@ def _thumbnail(record: SeriesRecord) -> Image.Image:
     info, voxels = record.info, record.open()
     picture = np.asarray(voxels[voxels.shape[0] // 2, voxels.shape[1] // 2])
     if picture.ndim == 2:
-        low, high = _window(record)
+        low, high = _window(record.info, picture)
         scaled = (picture.astype(np.float64) - low) / max(high - low, 1e-9)
         picture = np.rint(np.clip(scaled, 0, 1) * 255).astype(np.uint8)
     width, height = picture.shape[1] * info.spacing_mm[0], picture.shape[0] * info.spacing_mm[1]
@@ -84,12 +84,13 @@ def _thumbnail(record: SeriesRecord) -> Image.Image:
     return Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR).convert("RGB")
 
 
-def _window(record: SeriesRecord) -> tuple[float, float]:
-    if record.info.windows:
-        centre, width = record.info.windows[0]
+def _window(info: SeriesInfo, picture: np.ndarray) -> tuple[float, float]:
+    if info.windows:
+        centre, width = info.windows[0]
         return centre - width / 2, centre + width / 2
-    percentiles = record.info.percentiles
-    return percentiles["1.0"], percentiles["99.0"]
+    if info.percentiles:
+        return info.percentiles["1.0"], info.percentiles["99.0"]
+    return float(picture.min()), float(picture.max())
 
 
 def _group_rows(store: VolumeStore) -> list[list[str]]:
@@ -101,23 +102,24 @@ def _group_rows(store: VolumeStore) -> list[list[str]]:
              "GB"]]
     everything = [row for group in groups.values() for row in group]
     for key, group in [*sorted(groups.items()), (("all", "", "", ""), everything)]:
+        in_space = [row for row in group if row["kind"] != "image"]
         rows.append([
             *key, str(len(group)), str(len({row["study"] for row in group} - {""})),
-            _range([row["num_slices"] for row in group]),
-            _range([row["spacing_w_mm"] for row in group]), _range([row["spacing_s_mm"] for row in group]),
-            f"{sum(row['num_bytes'] for row in group) / 1e9:.3f}",
+            _range([row["num_slices"] for row in in_space]), _range([row["spacing_w_mm"] for row in in_space]),
+            _range([row["spacing_s_mm"] for row in in_space]), _gigabytes(sum(row["num_bytes"] for row in group)),
         ])
     return rows
 
 
 def _series_rows(store: VolumeStore) -> list[list[str]]:
-    rows = [["series", "modality", "body part", "plane", "kind", "T x S x H x W", "mm", "dtype", "units", "GB"]]
+    rows = [["series", "modality", "body part", "plane", "kind", "T x S x H x W", "mm (W x H x S)", "dtype", "units",
+             "GB"]]
     for record in store.records():
         info = record.info
         rows.append([
             record.series, info.modality, info.body_part or "-", info.plane, info.kind, _shape_text(info.shape),
-            _shape_text([f"{length:.3g}" for length in info.spacing_mm]), info.dtype, info.units,
-            f"{record.num_bytes / 1e9:.3f}",
+            "-" if info.kind == "image" else _shape_text([f"{length:.3g}" for length in info.spacing_mm]),
+            info.dtype, info.units, _gigabytes(record.num_bytes),
         ])
     return rows
 
@@ -127,6 +129,10 @@ def _range(values: Sequence[float]) -> str:
         return "-"
     low, high = f"{min(values):.4g}", f"{max(values):.4g}"
     return low if low == high else f"{low} to {high}"
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.3g}"
 
 
 def _shape_text(shape: Sequence[object]) -> str:
