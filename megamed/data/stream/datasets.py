@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megamed.data.samples import FrameChoice, Message, StudyRef
-from megamed.data.samples.file import SampleFile
+from megamed.data.frames.choice import slice_positions
+from megamed.data.samples import FrameChoice, Message, SampleFile, StudyRef
 from megamed.data.series import SeriesInfo
 from megamed.data.store import VolumeStore
 from megamed.data.stream.chat import Shown, ShownFrame
-from megamed.data.stream.facts import facts_of, slice_positions_mm
+from megamed.data.stream.facts import facts_of
 from megamed.utils import UserError
 
 # Lines of a file whose content is part of its fingerprint, spread over it.
@@ -165,7 +165,7 @@ class FactSamples:
 def _choice(info: SeriesInfo, rng: np.random.Generator, most_frames: int) -> FrameChoice:
     """All of a stack or a part of it, and how many of its slices: as often few as many."""
     at_most = round(2 ** rng.uniform(1.0, max(1.0, np.log2(most_frames))))
-    positions = slice_positions_mm(info)
+    positions = slice_positions(info)
     if info.kind != "volume" or len(positions) < 4 or rng.random() < 0.5:
         return FrameChoice(at_most=at_most)
     first = int(rng.integers(len(positions) - 1))

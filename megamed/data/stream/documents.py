@@ -11,7 +11,8 @@ from itertools import repeat
 from typing import Literal
 
 from megamed.data.batch import Document
-from megamed.data.frames import FramesConfig, PlannedStudy, plan_image, plan_series, plan_video
+from megamed.data.frames import FramesConfig, PlannedStudy
+from megamed.data.frames.plan import plan_image, plan_series, plan_video
 from megamed.data.samples import FrameChoice, StudyRef
 from megamed.data.store import SeriesRecord, VolumeStore
 from megamed.data.stream.chat import ChatWriter, Shown
@@ -33,6 +34,7 @@ class Documents:
         writer: makes tokens of turns and frames.
         store: has the series; None where no sample refers to one.
         frames: which frames are shown, and how.
+        image_size: edge of a frame in pixels.
         seq_length: most tokens of a document.
         too_long: what becomes of longer ones.
 
@@ -41,9 +43,15 @@ class Documents:
     """
 
     def __init__(
-        self, writer: ChatWriter, store: VolumeStore | None, frames: FramesConfig, seq_length: int, too_long: TooLong
+        self,
+        writer: ChatWriter,
+        store: VolumeStore | None,
+        frames: FramesConfig,
+        image_size: int,
+        seq_length: int,
+        too_long: TooLong,
     ):
-        self.writer, self.store, self.frames = writer, store, frames
+        self.writer, self.store, self.frames, self.image_size = writer, store, frames, image_size
         self.seq_length, self.too_long = seq_length, too_long
         self.num_too_long: Counter[str] = Counter()
         self._record = lru_cache(_CACHED_SERIES)(self._read_record)
@@ -82,16 +90,21 @@ class Documents:
         limits: Iterator[int | None] = iter(most) if most is not None else repeat(None)
         return {
             "studies": [self._study(study, next(limits)) for study in draft.studies],
-            "videos": [plan_video(video, self.frames, next(limits)) for video in draft.videos],
-            "images": [plan_image(image, self.frames) for image in draft.images],
+            "videos": [plan_video(video, self.frames, self._choice(None, next(limits))) for video in draft.videos],
+            "images": [plan_image(image, self.frames, self.image_size) for image in draft.images],
         }
 
     def _study(self, study: StudyRef, most: int | None) -> PlannedStudy:
-        record = self._record(study.series)
-        if most is not None:
-            choice = study.frames or FrameChoice(every=self.frames.choice.every)
-            study = replace(study, frames=replace(choice, at_most=most))
-        return plan_series(record.info, record.voxels_path, study, self.frames)
+        record, store = self._record(study.series), self.store
+        assert store is not None
+        study = replace(study, frames=self._choice(study.frames, most))
+        carpets = store.root.with_name(f"{store.root.name}.parcels")
+        return plan_series(record.info, record.voxels_path, study, self.frames, carpets, self.image_size)
+
+    def _choice(self, choice: FrameChoice | None, most: int | None) -> FrameChoice | None:
+        if most is None:
+            return choice
+        return replace(choice or FrameChoice(every=self.frames.choice.every), at_most=most)
 
     def _read_record(self, series: str) -> SeriesRecord:
         assert self.store is not None

@@ -15,6 +15,7 @@ import numpy as np
 
 from megamed.data.batch import QA
 from megamed.data.frames import MOSAIC, StudyFrame
+from megamed.data.frames.choice import slice_positions
 from megamed.data.series import SeriesInfo
 
 Judge = Callable[[str], bool]
@@ -67,17 +68,9 @@ def facts_of(info: SeriesInfo, frames: Sequence[StudyFrame], rng: np.random.Gene
     """
     slices = [frame.slices[1] for frame in frames]
     is_stack = info.kind == "volume" and MOSAIC not in slices and all(frame.box is None for frame in frames)
-    positions = slice_positions_mm(info)
+    positions = slice_positions(info)
     stack = _Stack(info, tuple(positions[s] for s in slices) if is_stack else (), len(frames))
     return [asked for kind in _KINDS if (asked := kind(stack, rng)) is not None]
-
-
-def slice_positions_mm(info: SeriesInfo) -> list[float]:
-    """Where each slice of a series lies along its stack, the first at 0."""
-    num_slices = info.shape[1] if len(info.shape) > 1 else 1
-    if info.slice_positions_mm is not None:
-        return list(info.slice_positions_mm)
-    return [index * info.spacing_mm[2] for index in range(num_slices)]
 
 
 def _modality(stack: _Stack, rng: np.random.Generator) -> Asked | None:
@@ -147,7 +140,7 @@ def _half(stack: _Stack, rng: np.random.Generator) -> Asked | None:
     ends = _ENDS.get(stack.info.plane)
     if ends is None or not stack.positions_mm:
         return None
-    middle = slice_positions_mm(stack.info)[-1] / 2
+    middle = slice_positions(stack.info)[-1] / 2
     if max(stack.positions_mm) < middle:
         end = 0
     elif min(stack.positions_mm) > middle:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,7 @@ class StudySource:
         datasets: where samples come from.
         weights: of each.
         documents: makes documents of samples.
-        loader: makes pixels of frames.
+        make_loader: makes what makes pixels of frames; called when the first are asked for.
         options: how documents become rows.
         held_out: what is asked about the part that training never shows; None for nothing.
         settings: what else decides which rows come, by key: their change is noticed when a run goes on.
@@ -105,20 +105,21 @@ class StudySource:
         datasets: Sequence[DataSet],
         weights: Sequence[float],
         documents: Documents,
-        loader: FrameLoader,
+        make_loader: Callable[[], FrameLoader],
         options: StreamOptions,
         held_out: HeldOutSeries | None,
         settings: dict[str, Any],
     ):
-        self._datasets, self._documents, self._loader, self._options = datasets, documents, loader, options
-        self._held_out = held_out
+        self._datasets, self._documents, self._options = datasets, documents, options
+        self._held_out, self._make_loader = held_out, make_loader
+        self._loader: FrameLoader | None = None
         names = [dataset.name for dataset in datasets]
         mixture = Mixture(names, [len(dataset) for dataset in datasets], weights, options.seed)
         self._stream = Stream(
             mixture, self._measure, documents.seq_length, options.rows_per_block, options.max_documents
         )
         self._settings = settings
-        self._lock = threading.Lock()  # one set of buffers serves training, the thread ahead of it, and evaluation
+        self._lock = threading.Lock()
 
     def microbatch(self, index: int) -> Microbatch:
         """Row number `index`."""
@@ -132,7 +133,8 @@ class StudySource:
     def load_frames(self, frames: Sequence[ShownFrame]) -> Tensor:
         """frames_NCHW, float32, normalised."""
         with self._lock:
-            return self._loader.load([frame.frame for frame in frames], [frame.seed for frame in frames])
+            loader = self._loader = self._loader or self._make_loader()
+        return loader.load([frame.frame for frame in frames], [frame.seed for frame in frames])
 
     def share(self, first: int, count: int, num_shares: int, cost: Cost) -> list[list[int]]:
         """Rows of nearly equal cost in all, as many each."""

@@ -7,11 +7,15 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
+import torch
+
 from megamed.data.config import FACTS, REPORTS, DataConfig, DatasetConfig
-from megamed.data.frames.loader import FrameLoader
-from megamed.data.samples.file import load
+from megamed.data.frames import FrameLoader
+from megamed.data.frames.loader import build_loader
+from megamed.data.samples import load
 from megamed.data.store import VolumeStore
 from megamed.data.stream.chat import ChatWriter
 from megamed.data.stream.datasets import DataSet, FactSamples, FileSamples, held_out_patients
@@ -46,13 +50,13 @@ def build_studies(
     chosen = config.datasets or [_default(config.store)]
     datasets = [_open(entry, config, store, training, held_out) for entry in chosen]
     writer = ChatWriter(tokenizer, tokens_per_frame)
-    documents = Documents(writer, store, config.frames, config.seq_length, config.too_long)
+    documents = Documents(writer, store, config.frames, image_size, config.seq_length, config.too_long)
     packing = config.packing
     source = StudySource(
         datasets,
         [entry.weight for entry in chosen],
         documents,
-        FrameLoader(image_size, config.frames, config.loader),
+        partial(_loader, config, image_size),
         StreamOptions(
             config.seed, document_multiple, packing.rows_per_block, packing.max_documents, config.accept_changes
         ),
@@ -72,10 +76,10 @@ def _split(store: VolumeStore | None, share: float) -> tuple[list[str], list[str
     chosen = held_out_patients(set(patients.values()), share)
     held_out = [series for series, patient in patients.items() if patient in chosen]
     training = [series for series, patient in patients.items() if patient not in chosen]
-    log.info("volume store of %d series: %d to train on, %d of %d patients held out",
-             len(patients), len(training), len(held_out), len(chosen))
+    log.info("volume store of %d series of %d patients: %d to train on, %d of %d patients held out",
+             len(patients), len(set(patients.values())), len(training), len(held_out), len(chosen))
     if share and not chosen:
-        log.warning("all series are of one patient: nothing is held out (data.held_out=%g)", share)
+        log.warning("all series are of one patient: nothing is held out, whatever data.held_out=%g says", share)
     return training, held_out
 
 
@@ -104,6 +108,12 @@ def _open(
 
 def _fact_frames(config: DataConfig) -> int:
     return min(FACT_FRAMES, config.frames.choice.at_most or FACT_FRAMES)
+
+
+def _loader(config: DataConfig, image_size: int) -> FrameLoader:
+    """The loader, for this rank's GPU where there is one: by now it has taken it."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return build_loader(config.frames, config.loader, image_size, device)
 
 
 def _settings(
