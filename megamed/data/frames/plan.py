@@ -215,7 +215,7 @@ def _windows(info: SeriesInfo, ref: StudyRef, config: FramesConfig) -> tuple[tup
 
 
 def _words(named: Sequence[str | tuple[float, float]]) -> str:
-    return "/".join(name.replace("_", " ") if isinstance(name, str) else "{:g}±{:g}".format(name[0], name[1] / 2)
+    return "/".join(name.replace("_", " ") if isinstance(name, str) else f"{name[0]:g}±{name[1] / 2:g}"
                     for name in named)
 
 
@@ -326,10 +326,19 @@ def _count(shown: int, there: int, what: str) -> str:
     return f"{there} {what}" if shown == there else f"{shown} of {there} {what}"
 
 
+def _gaps(info: SeriesInfo) -> str:
+    """How far slices lie apart; empty where that is not known."""
+    gaps = np.diff(slice_positions(info))
+    if not gaps.any():
+        return ""
+    low, high = f"{gaps.min():.1f}", f"{gaps.max():.1f}"
+    return f"{low} mm apart" if low == high else f"{low} to {high} mm apart"
+
+
 def _header(info: SeriesInfo, shown: str, windows: str) -> str:
     """One line of what is known of a series; what is not known is left out."""
     is_spatial = info.kind != "image"
-    width_mm, height_mm, gap_mm = info.spacing_mm
+    width_mm, height_mm, _ = info.spacing_mm
     parts = [
         info.modality if info.modality != "OT" else "",
         info.body_part.replace("_", " ").lower(),
@@ -339,7 +348,7 @@ def _header(info: SeriesInfo, shown: str, windows: str) -> str:
         info.part,
         "with contrast agent" if info.contrast else "",
         shown,
-        f"{gap_mm:.1f} mm apart" if is_spatial and gap_mm > 0 and info.shape[1] > 1 else "",
+        _gaps(info) if is_spatial else "",
         f"pixels of {height_mm:.2f} x {width_mm:.2f} mm" if is_spatial else "",
         f"TR {info.repetition_time_s:g} s" if info.repetition_time_s else "",
         f"TE {info.echo_time_ms:g} ms" if info.echo_time_ms else "",
