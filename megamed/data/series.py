@@ -16,7 +16,7 @@ An oblique stack takes the plane that its slice normal is nearest to.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -93,7 +93,7 @@ class SeriesInfo:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, keys in the order of the fields."""
-        return asdict(self)
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> SeriesInfo:
