@@ -162,18 +162,23 @@ def rescale(stored: np.ndarray, slope: float, inter: float) -> tuple[np.ndarray,
     Raises:
         Refusal: some value is not finite.
     """
+    # In blocks, so that at no time there are more than the stored voxels, the values, and a block between them.
+    blocks = [slice(start, start + _CHUNK) for start in range(0, stored.size, _CHUNK)]
     if stored.dtype.itemsize <= 2 and stored.dtype.kind in "iu":
         # There are few values, so a table of them is scaled instead of the voxels.
         unsigned = stored.view(f"u{stored.dtype.itemsize}")
         candidates = np.arange(1 << (8 * stored.dtype.itemsize), dtype=unsigned.dtype).view(stored.dtype)
         occurs = np.zeros(candidates.size, dtype=bool)
-        occurs[unsigned] = True
+        for block in blocks:
+            occurs[unsigned[block]] = True
         scaled = _scale(candidates[occurs], slope, inter)
         _check_finite(scaled)
         table = np.zeros(candidates.size, dtype=smallest_dtype(scaled))
         table[occurs] = scaled
-        return table[unsigned], False
-    blocks = [slice(start, start + _CHUNK) for start in range(0, stored.size, _CHUNK)]
+        values = np.empty(stored.size, dtype=table.dtype)
+        for block in blocks:
+            values[block] = table[unsigned[block]]
+        return values, False
     extremes, is_whole = [], True
     for block in blocks:
         scaled = _scale(stored[block], slope, inter)
