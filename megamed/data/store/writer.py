@@ -141,6 +141,7 @@ class StoreWriter:
                 index.write(self._root)
                 self._has_index = True
         finally:
+            os.truncate(self._lock, 0)
             os.close(self._lock)
 
     def __enter__(self) -> Self:

@@ -142,7 +142,9 @@ def test_one_writer_and_many_readers(tmp_path):
         # Who has the old voxels open keeps them.
         np.testing.assert_array_equal(old, volume(1, 2).voxels_TSHW)
         assert VolumeStore(tmp_path).record(name(1)).info.shape[1] == 4
+    # The lock is free, and the store does not say where it was made.
     StoreWriter(store).close()
+    assert (tmp_path / ".lock").read_bytes() == b""
 
 
 def test_what_is_not_the_series_is_not_written(tmp_path):
