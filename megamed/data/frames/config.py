@@ -102,7 +102,7 @@ class LoaderConfig:
         threads: that read and, on a CPU, make frames; 0 takes this rank's share of the cores.
         batch: frames that DALI works on at once.
         prefetch_frames: loaded ahead of the step that needs them; 0 loads none ahead.
-        pinned: pass frames to a GPU through page-locked memory.
+        pinned: make NumPy's frames for a GPU in page-locked memory. What DALI passes to a GPU always is.
         gds: read voxels straight into the GPU's memory (GPUDirect Storage).
     """
 

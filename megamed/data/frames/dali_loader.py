@@ -30,7 +30,7 @@ from megamed.data.frames.augment import Augmentation
 from megamed.data.frames.config import FramesConfig, LoaderConfig
 from megamed.data.frames.gds import DirectReader
 from megamed.data.frames.loader import augmentation_of
-from megamed.data.frames.raw import RawFrame, RawReader
+from megamed.data.frames.raw import RawFrame, RawReader, raw_frame
 from megamed.data.frames.spec import Seeds, StudyFrame
 
 _INTERPOLATION = {"linear": types.DALIInterpType.INTERP_LINEAR, "cubic": types.DALIInterpType.INTERP_CUBIC}
@@ -55,20 +55,16 @@ class _Kind:
 
 @dataclass(frozen=True, eq=False)
 class _Item:
-    """A frame on its way: its place in the result, what was read of it, its augmentation.
-
-    `voxels_CHW` are those of `raw`, or a tensor on the GPU where they were read straight into its memory.
-    """
+    """A frame on its way: its place in the result, what was read of it, its augmentation."""
 
     place: int
     raw: RawFrame
-    voxels_CHW: np.ndarray | Tensor
     change: Augmentation | None
 
     @property
     def kind(self) -> _Kind:
-        is_direct = isinstance(self.voxels_CHW, Tensor)
-        return _Kind(str(self.voxels_CHW.dtype), len(self.raw.windows), self.change is not None, is_direct)
+        voxels = self.raw.voxels_CHW
+        return _Kind(str(voxels.dtype), len(self.raw.windows), self.change is not None, isinstance(voxels, Tensor))
 
 
 class DaliLoader:
@@ -90,45 +86,48 @@ class DaliLoader:
         self._threads = threads
         self._margin = partial(reference.margin, size=size, interpolation=config.interpolation)
         self._reader = RawReader()
-        self._direct = DirectReader(device) if loader.gds else None
+        # A stream of its own: on the one that training uses, frames made ahead would wait for the step under way.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._direct = DirectReader(device, self._stream) if loader.gds else None
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="frames")
         self._pipelines: dict[_Kind, Pipeline] = {}
         self._lock = threading.Lock()
 
     def load(self, frames: Sequence[StudyFrame], seeds: Seeds = None) -> Tensor:
         """See `FrameLoader.load`."""
-        frames_NCHW = torch.empty(len(frames), 3, self._size, self._size, device=self._device)
+        consumer = torch.cuda.current_stream(self._device) if self._stream else None
+        with self._lock, torch.cuda.stream(self._stream):
+            frames_NCHW = torch.empty(len(frames), 3, self._size, self._size, device=self._device)
+            self._fill(frames_NCHW, frames, seeds)
+        if consumer:  # the memory is another stream's: it must not be taken again while this one works on it
+            frames_NCHW.record_stream(consumer)
+        return frames_NCHW
+
+    def _fill(self, frames_NCHW: Tensor, frames: Sequence[StudyFrame], seeds: Seeds) -> None:
+        """Read and make frames, `batch` at a time: the next ones are read while DALI works on these."""
 
         def read(place: int) -> _Item:
             return self._read(place, frames[place], seeds[place] if seeds else None)
 
-        with self._lock:
-            self._reader.expect(frames)
-            step = self._loader.batch
-            ahead = [self._pool.submit(read, place) for place in range(min(step, len(frames)))]
-            for first in range(0, len(frames), step):
-                items = [future.result() for future in ahead]
-                # The next ones are read while DALI works on these.
-                following = range(first + step, min(first + 2 * step, len(frames)))
-                ahead = [self._pool.submit(read, place) for place in following]
-                by_kind: dict[_Kind, list[_Item]] = {}
-                for item in items:
-                    by_kind.setdefault(item.kind, []).append(item)
-                for kind, alike in by_kind.items():
-                    self._make(kind, alike, frames_NCHW)
-        return frames_NCHW
+        self._reader.expect(frames)
+        step = self._loader.batch
+        ahead = [self._pool.submit(read, place) for place in range(min(step, len(frames)))]
+        for first in range(0, len(frames), step):
+            items = [future.result() for future in ahead]
+            following = range(first + step, min(first + 2 * step, len(frames)))
+            ahead = [self._pool.submit(read, place) for place in following]
+            by_kind: dict[_Kind, list[_Item]] = {}
+            for item in items:
+                by_kind.setdefault(item.kind, []).append(item)
+            for kind, alike in by_kind.items():
+                self._make(kind, alike, frames_NCHW)
 
     def _read(self, place: int, frame: StudyFrame, seed: int | None) -> _Item:
         change = augmentation_of(self._config.augment, frame, seed, self._size)
         stretch = self._reader.stretch(frame) if self._direct else None
         if self._direct is None or stretch is None:
-            raw = self._reader.read(frame, self._margin)
-            return _Item(place, raw, raw.voxels_CHW, change)
-        same = stretch.shape[0] == 1 and len(set(frame.windows)) == 1
-        _, height, width = stretch.shape
-        nothing = np.empty((0, height, width), stretch.dtype)
-        raw = RawFrame(nothing, frame.windows[:1] if same else frame.windows, (0.0, 0.0, height, width))
-        return _Item(place, raw, self._direct.read(stretch), change)
+            return _Item(place, self._reader.read(frame, self._margin), change)
+        return _Item(place, raw_frame(frame, self._direct.read(stretch), None), change)
 
     def _make(self, kind: _Kind, items: list[_Item], frames_NCHW: Tensor) -> None:
         """Send frames of one kind through their pipeline, and put them into their places."""
@@ -136,19 +135,15 @@ class DaliLoader:
             self._pipelines[kind] = self._build(kind)
         pipeline = self._pipelines[kind]
         try:
-            for name, values in _inputs(items, kind.is_varied).items():
-                pipeline.feed_input(name, values)
-            (made,) = pipeline.run()
+            (made,) = pipeline.run(self._stream, **_inputs(items, kind.is_varied))
         except BaseException:  # what DALI raises leaves a pipeline that cannot be used again
             del self._pipelines[kind]
             raise
-        places = [item.place for item in items]
-        if places == list(range(places[0], places[0] + len(places))):
-            feed_ndarray(made.as_tensor(), frames_NCHW[places[0] : places[0] + len(places)])
-            return
         made_NCHW = torch.empty(len(items), *frames_NCHW.shape[1:], device=self._device)
-        feed_ndarray(made.as_tensor(), made_NCHW)
-        frames_NCHW[torch.tensor(places, device=self._device)] = made_NCHW
+        feed_ndarray(made.as_tensor(), made_NCHW, cuda_stream=self._stream)
+        frames_NCHW[torch.tensor([item.place for item in items], device=self._device)] = made_NCHW
+        if self._stream:  # DALI writes over what it made in its next pass
+            self._stream.synchronize()
 
     def _build(self, kind: _Kind) -> Pipeline:
         on_gpu = self._device.type == "cuda"
@@ -166,9 +161,8 @@ class DaliLoader:
         with pipeline:
             if kind.is_direct:
                 voxels = given("voxels", layout="CHW", device="gpu", no_copy=True)
-            else:
-                # A copy of DALI's is in page-locked memory, from which a GPU reads at full speed.
-                voxels = here(given("voxels", layout="CHW", no_copy=not (on_gpu and self._loader.pinned)))
+            else:  # where a GPU is to read them, DALI's threads copy them into page-locked memory
+                voxels = here(given("voxels", layout="CHW", no_copy=True))
             planes: Any = math.clamp(voxels * here(given("scale")) + here(given("shift")), 0.0, 1.0)
             planes = fn.resize(
                 planes, size=[self._size, self._size], interp_type=_INTERPOLATION[self._config.interpolation],
@@ -197,7 +191,7 @@ def _inputs(items: Sequence[_Item], is_varied: bool) -> dict[str, list[Any]]:
         return np.array(values, np.float32).reshape(-1, 1, 1)
 
     inputs: dict[str, list[Any]] = {
-        "voxels": [item.voxels_CHW for item in items],
+        "voxels": [item.raw.voxels_CHW for item in items],
         "scale": [column(*(1 / (high - low) for low, high in item.raw.windows)) for item in items],
         "shift": [column(*(-low * (1 / (high - low)) for low, high in item.raw.windows)) for item in items],
         "box_start": [np.array(item.raw.box[:2], np.float32) for item in items],

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megamed.data.frames.raw import Stretch
+from megamed.data.frames.raw import Cache, Stretch
 from megamed.utils import UserError
 
 # Files that are kept open and known to cuFile.
@@ -25,23 +25,26 @@ _OPEN_FILES = 64
 
 
 class DirectReader:
-    """Reads stretches of files into the memory of a device.
+    """Reads stretches of files into the memory of a device; any thread may.
 
     Args:
         device: where to.
-        open_file: opens a file by path and flags for reading into a torch storage; cuFile's where left out.
+        stream: whose memory is taken: reads do not wait for what other streams still do with theirs.
+        open_file: opens a file by path and flags, for reading into a torch storage; cuFile's where left out.
 
     Raises:
-        UserError: there is no GPU, or no cuFile.
+        UserError: there is no GPU.
     """
 
-    def __init__(self, device: torch.device, open_file: Callable[[str, int], Any] | None = None):
+    def __init__(
+        self, device: torch.device, stream: torch.cuda.Stream | None, open_file: Callable[[str, int], Any] | None = None
+    ):
         if open_file is None and device.type != "cuda":
             raise UserError("data.loader.gds reads into a GPU's memory, and there is no GPU; set data.loader.gds=false",
                             everywhere=True)
-        self._device = device
+        self._device, self._stream = device, stream
         self._open = open_file or torch.cuda.gds.GdsFile
-        self._files: dict[str, Any] = {}
+        self._files: Cache[Any] = Cache(_OPEN_FILES)
 
     def read(self, stretch: Stretch) -> Tensor:
         """A stretch, [C, H, W] of the file's type, on the device.
@@ -50,14 +53,12 @@ class DirectReader:
             UserError: the file cannot be read this way.
         """
         kind = torch.from_numpy(np.empty(0, stretch.dtype)).dtype
-        voxels_CHW = torch.empty(stretch.shape, dtype=kind, device=self._device)
+        with torch.cuda.stream(self._stream):
+            voxels_CHW = torch.empty(stretch.shape, dtype=kind, device=self._device)
         try:
-            if stretch.path not in self._files:
-                while len(self._files) >= _OPEN_FILES:
-                    del self._files[next(iter(self._files))]
-                self._files[stretch.path] = self._open(stretch.path, os.O_RDONLY)
-            self._files[stretch.path].load_storage(voxels_CHW.untyped_storage(), stretch.offset)
+            file = self._files.get(stretch.path, lambda: self._open(stretch.path, os.O_RDONLY))
+            file.load_storage(voxels_CHW.untyped_storage(), stretch.offset)
         except (RuntimeError, OSError) as error:
-            raise UserError(f"{stretch.path} cannot be read by GPUDirect Storage ({error}); it needs NVIDIA's nvidia-fs "
-                            "driver and a file system that supports it; or set data.loader.gds=false") from error
+            raise UserError(f"{stretch.path} cannot be read by GPUDirect Storage ({error}); it needs NVIDIA's driver "
+                            "nvidia-fs and a file system that supports it, or set data.loader.gds=false") from error
         return voxels_CHW

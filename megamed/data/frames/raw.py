@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -33,12 +33,13 @@ class RawFrame:
     """A frame before its windows.
 
     Attributes:
-        voxels_CHW: as stored; one channel where all three show the same slice, three otherwise.
+        voxels_CHW: as stored, one channel where all three show the same slice, three otherwise: an array, or a tensor
+            on the device where they were read straight into its memory.
         windows: of each plane that is resized: one where all channels are the same picture, three otherwise.
         box: what of `voxels_CHW` becomes the frame: top, left, height, width in pixels.
     """
 
-    voxels_CHW: np.ndarray
+    voxels_CHW: Any
     windows: tuple[Window, ...]
     box: Box
 
@@ -130,9 +131,9 @@ class RawReader:
     """Reads raw frames; any thread may. What several frames share is opened and decoded once, and then let go."""
 
     def __init__(self) -> None:
-        self._arrays: _Cache[ArrayFile] = _Cache(_OPEN_ARRAYS)
-        self._films: _Cache[Film] = _Cache(_OPEN_FILMS)
-        self._pictures: _Cache[np.ndarray] = _Cache(_PICTURES)
+        self._arrays: Cache[ArrayFile] = Cache(_OPEN_ARRAYS)
+        self._films: Cache[Film] = Cache(_OPEN_FILMS)
+        self._pictures: Cache[np.ndarray] = Cache(_PICTURES)
 
     def expect(self, frames: Iterable[StudyFrame]) -> None:
         """Say which frames will be read, so that a film is decoded once for all of them."""
@@ -175,9 +176,7 @@ class RawReader:
             voxels_CHW, box = squared(voxels_CHW if box is None else _whole_pixels(voxels_CHW, box)), None
         elif box is not None:
             voxels_CHW, box = _cropped(voxels_CHW, box, margin)
-        same = len(voxels_CHW) == 1 and len(set(frame.windows)) == 1
-        height, width = voxels_CHW.shape[1:]
-        return RawFrame(voxels_CHW, frame.windows[:1] if same else frame.windows, box or (0.0, 0.0, height, width))
+        return raw_frame(frame, voxels_CHW, box)
 
     def _voxels(self, frame: StudyFrame) -> np.ndarray:
         """All of a frame's picture, [C, H, W]."""
@@ -204,7 +203,15 @@ class RawReader:
         return self._films.get(path, lambda: Film(path))
 
 
-class _Cache(Generic[T]):
+def raw_frame(frame: StudyFrame, voxels_CHW: Any, box: Box | None) -> RawFrame:
+    """What was read of a frame; without a box, all of it is shown."""
+    channels, height, width = voxels_CHW.shape
+    is_grey = channels == 1 and len(set(frame.windows)) == 1
+    windows = frame.windows[:1] if is_grey else frame.windows
+    return RawFrame(voxels_CHW, windows, box or (0.0, 0.0, float(height), float(width)))
+
+
+class Cache(Generic[T]):
     """The last few things made, by key; made once where several threads ask at the same time."""
 
     def __init__(self, size: int):
@@ -271,7 +278,7 @@ def _whole_pixels(voxels_CHW: np.ndarray, box: Box) -> np.ndarray:
     """A box, its edges moved outwards to whole pixels."""
     top, left, height, width = box
     rows = slice(max(0, math.floor(top)), math.ceil(top + height))
-    return voxels_CHW[:, rows, max(0, math.floor(left)) : math.ceil(left + width)]
+    return np.ascontiguousarray(voxels_CHW[:, rows, max(0, math.floor(left)) : math.ceil(left + width)])
 
 
 def _cropped(voxels_CHW: np.ndarray, box: Box, margin: Callable[[float], int]) -> tuple[np.ndarray, Box]:
