@@ -191,8 +191,8 @@ def differences(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> l
     found: list[str] = []
     for key in dict.fromkeys([*was, *now]):
         a, b = was.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
+        if isinstance(a, dict) or isinstance(b, dict):
+            found += differences(a or {}, b or {}, f"{prefix}{key}.")
         elif a != b:
             found.append(f"{prefix}{key} was {_show(a)}, is {_show(b)}")
     return found

@@ -111,7 +111,7 @@ class StudySource:
         settings: dict[str, Any],
     ):
         self._datasets, self._documents, self._options = datasets, documents, options
-        self._held_out, self._make_loader = held_out, make_loader
+        self._weights, self._held_out, self._make_loader = weights, held_out, make_loader
         self._loader: FrameLoader | None = None
         names = [dataset.name for dataset in datasets]
         mixture = Mixture(names, [len(dataset) for dataset in datasets], weights, options.seed)
@@ -207,7 +207,5 @@ class StudySource:
         return Size(-(-len(document.tokens) // multiple) * multiple, len(document.frames))
 
     def _fingerprint(self) -> dict[str, Any]:
-        shares = self._stream.mixture.shares
-        datasets = {d.name: {**d.fingerprint(), "share": round(share, 9)}
-                    for d, share in zip(self._datasets, shares, strict=True)}
-        return {**self._settings, "datasets": datasets}
+        pairs = zip(self._datasets, self._weights, strict=True)
+        return {**self._settings, "data sets": {d.name: {**d.fingerprint(), "weight": weight} for d, weight in pairs}}
