@@ -7,9 +7,7 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -24,6 +22,7 @@ from pydicom.uid import UID
 from megamed.data.privacy import Pseudonyms
 from megamed.data.readers import Refusal
 from megamed.data.readers.dicom import DicomReader
+from megamed.data.readers.dicom.parse import quiet
 from megamed.data.readers.nifti import NiftiReader
 from megamed.data.series import Series
 
@@ -138,9 +137,7 @@ UNMARKED = ("secondary-capture", "ultrasound")
 
 def dicom_rows() -> Iterator[DicomRow]:
     """Every file of pydicom's tests, by name, each read alone."""
-    warnings.simplefilter("ignore")
-    logging.getLogger("pydicom").disabled = True
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet():
         for path in sorted(path for path in PYDICOM_FILES.rglob("*") if path.is_file()):
             name = path.relative_to(PYDICOM_FILES).as_posix()
             row = dicom_row(path, name)

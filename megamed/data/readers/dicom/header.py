@@ -151,10 +151,7 @@ def _pixels(parsed: Parsed, kind: codes.ObjectKind) -> Facts:
     samples, allocated = whole(dataset, "SamplesPerPixel") or 1, whole(dataset, "BitsAllocated")
     photometric = text(dataset, "PhotometricInterpretation").upper() or "MONOCHROME2"
     if not parsed.offset:
-        # Whoever wrote a header of an image meant to write pixels behind it.
-        if rows is None and allocated is None:
-            raise Refusal("not-an-image", "an image's header without pixels", "leave it out")
-        raise Refusal("truncated", "the file ends before its pixels", AGAIN)
+        raise Refusal("no-pixels", "an image without its pixels", AGAIN)
     if not rows or not columns or not allocated or not parsed.whole_numbers:
         raise Refusal("unsupported-pixels", "the header does not say how the pixels are laid out", AGAIN)
     grey = samples == 1 and photometric in _GREY

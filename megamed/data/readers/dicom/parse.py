@@ -69,15 +69,21 @@ class Parsed:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """pydicom tells of every fault of a header on the console, with the value; a value may be a name."""
-    logger = logging.getLogger("pydicom")
-    before, logger.disabled = logger.disabled, True
+    """pydicom tells of every fault of a header on the console, with the value; a value may be a name.
+
+    The decoder of JPEG 2000 tells of its own troubles, which become refusals.
+    """
+    loggers = [logging.getLogger(name) for name in ("pydicom", "openjpeg")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.disabled = before
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def looks_like_dicom(head: bytes) -> bool:
@@ -151,17 +157,23 @@ def _parse(file: BinaryIO, size: int, tags: list[int], start_bytes: int) -> Pars
     if not syntax:
         syntax = _guess_syntax(stream.read(8))
         stream.seek(first)
-    dataset = read_dataset(
-        stream, syntax == IMPLICIT, syntax != BIG, stop_when=lambda tag, vr, length: tag in _PIXELS, specific_tags=tags
-    )
+    expected = first
+
+    def at_pixels(tag: int, vr: str | None, length: int) -> bool:
+        nonlocal expected
+        expected = stream.tell() + length
+        return tag in _PIXELS
+
+    dataset = read_dataset(stream, syntax == IMPLICIT, syntax != BIG, stop_when=at_pixels, specific_tags=tags)
     at = stream.tell()
     end = stream.seek(0, io.SEEK_END)
-    if at > end:
-        raise Refusal("truncated", "the file ends within its header", AGAIN)
     stream.seek(at)
     tag, vr, offset, length = _element(stream.read(12), at, ">" if syntax == BIG else "<")
     if tag not in _PIXELS:
         offset = length = 0
+        # An element of undefined length ends where its items do; pydicom fails where they do not.
+        if expected != end and expected < UNDEFINED:
+            raise Refusal("truncated", "the file ends within its header", AGAIN)
     stream.seek(0)
     head = stream.read(offset)
     return Parsed(
