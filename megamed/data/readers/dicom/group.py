@@ -82,7 +82,7 @@ def parts_of(files: Sequence[tuple[FileHeader, Facts]]) -> list[Part]:
         for acquisition in _acquisitions(alike):
             parts.append(_part(acquisition, len(acquisition) < len(alike)))
     _tell_apart(parts)
-    return parts
+    return sorted(parts, key=lambda part: part.name)
 
 
 def _tell_apart(parts: Sequence[Part]) -> None:
