@@ -73,5 +73,6 @@ def test_values_that_identify_are_collected_from_everywhere(tmp_path):
     (tmp_path / "b.txt").write_text("no DICOM")
     assert identifying_values([tmp_path / "a.dcm", tmp_path / "b.txt"]) == {
         "Brömmelhaupt^Käthe=字", "Brömmelhaupt^Käthe", "Brömmelhaupt", "Käthe", "1.2.826.0.1.77", "Follow up",
-        NUMBER, "067Y", "Lindenweg 4", "WARD CREATOR", "Nurse Ottilie", f"PYDICOM {pydicom.__version__}", pydicom.uid.PYDICOM_IMPLEMENTATION_UID,
+        NUMBER, "067Y", "Lindenweg 4", "WARD CREATOR", "Nurse Ottilie",
+        f"PYDICOM {pydicom.__version__}", pydicom.uid.PYDICOM_IMPLEMENTATION_UID,
     }
