@@ -41,6 +41,8 @@ _BYTE: Window = (0.0, 255.0)
 _HEADS = ("HEAD", "BRAIN", "SKULL")
 # Values count what was taken up: 0 is none.
 _FROM_ZERO = ("PT", "NM")
+# What stands beside each other in time.
+_NAMES_IN_TIME = {"volume": "volume", "run": "volume", "image": "picture"}
 # At most so many values of an array of pictures are looked at for its window.
 _LOOKED_AT = 1 << 20
 
@@ -257,7 +259,7 @@ def _volumes(info: SeriesInfo, choice: FrameChoice, index: int) -> tuple[list[_I
     left = within(volume_times(info), choice.range_s, num_volumes, "frames.range_s")
     left = thin(left, choice.every, choice.at_most)
     items = [_Item(t, index, label) for t, label in zip(left, _volume_labels(info, left), strict=True)]
-    return items, _count(len(left), num_volumes, "volumes")
+    return items, _count(len(left), num_volumes, f"{_NAMES_IN_TIME[info.kind]}s")
 
 
 def _slices_in_time(info: SeriesInfo, choice: FrameChoice) -> tuple[list[_Item], str]:
@@ -286,7 +288,7 @@ def _volume_labels(info: SeriesInfo, volumes: Sequence[int]) -> list[str]:
         return [f"t={times[t]:.1f} s" for t in volumes]
     if len(info.b_values) == info.shape[0]:
         return [f"b={info.b_values[t]:.0f} s/mm2" for t in volumes]
-    return [f"volume {t + 1}" for t in volumes]
+    return [f"{_NAMES_IN_TIME[info.kind]} {t + 1}" for t in volumes]
 
 
 def _plan_parcels(
