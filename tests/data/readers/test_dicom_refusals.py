@@ -2,9 +2,11 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
+from pydicom.data import get_testdata_file
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless, RLELossless
 
@@ -59,6 +61,10 @@ def test_pixels_that_may_name_somebody(tmp_path, sop_class, changes, code):
     (ct_slice(ImagePositionPatient=None), "no-geometry"),
     (ct_slice(ImageOrientationPatient=[1, 0, 0, 1, 0, 0]), "no-geometry"),
     (ct_slice(PixelSpacing=[0, 1]), "no-geometry"),
+    (ct_slice(ImagePositionPatient=[1e30, 0, 0]), "no-geometry"),
+    (ct_slice(RescaleSlope="1e300"), "not-finite"),
+    (ct_slice(PhotometricInterpretation="PALETTE COLOR"), "secondary-capture"),
+    (ct_slice(PhotometricInterpretation="YBR_RCT"), "unsupported-pixels"),
     (ct_slice(SOPClassUID="1.2.840.10008.5.1.4.1.1.88.22"), "not-an-image"),
     (ct_slice(SOPClassUID="1.2.840.10008.5.1.4.1.1.104.1"), "not-an-image"),
     (ct_slice(SOPClassUID="1.2.840.10008.5.1.4.1.1.11.1"), "not-an-image"),
@@ -145,20 +151,28 @@ def test_files_cut_short(tmp_path, keep):
     assert not found.series and set(found.refused) <= {"truncated", "no-pixels", "unreadable", "not-dicom"}
 
 
-def test_damage_anywhere_is_a_refusal_or_harmless(tmp_path):
-    """One byte of a header changed, again and again: nothing but a refusal is ever raised, and nothing is said."""
-    path = next(save(tmp_path, [mr_slice(WindowCenter=40, WindowWidth=80)]).iterdir())
-    content = path.read_bytes()
+@pytest.mark.parametrize(("name", "start", "stop", "code"), [
+    # Headers, one of them with sequences, in which pydicom fails in ways of its own; then a stream in whose damage the
+    # decoder panics, which is no Exception.
+    ("693_J2KI.dcm", 132, 2400, "unreadable"),
+    ("MR_small_bigendian.dcm", 132, 1400, "no-geometry"),
+    ("MR_small_RLE.dcm", -6000, -1, "undecodable"),
+])
+def test_damage_is_a_refusal_or_harmless(tmp_path, name, start, stop, code, capfd):
+    """A few bytes changed, again and again: nothing but a refusal is ever raised, and nothing is said."""
+    content = Path(get_testdata_file(name, download=False)).read_bytes()
     rng = np.random.default_rng(0)
     codes = set()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for at in rng.integers(132, len(content) - 40, 300):
-            path.write_bytes(content[:at] + bytes([rng.integers(256)]) + content[at + 1 :])
+        for _ in range(120):
+            damaged = np.frombuffer(content, np.uint8).copy()
+            damaged[rng.integers(start % len(content), stop % len(content), 3)] = rng.integers(0, 256, 3)
+            (tmp_path / name).write_bytes(damaged.tobytes())
             found = look(tmp_path)
             codes |= set(found.refused)
             assert len(found.series) + sum(found.refused.values()) == 1
-    assert "unreadable" in codes or "truncated" in codes
+    assert code in codes and capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(("head", "expected"), [
@@ -194,10 +208,8 @@ def test_nothing_of_a_person_is_kept_or_said(tmp_path):
     for header in plan.headers:
         text = json.dumps(header.facts)
         kept = json.dumps([found.only.info.to_json(), plan.part, plan.label, plan.notes])
-        for secret in (*SECRETS, "101112", "Doe", "Who"):
+        for secret in (*SECRETS, "101112", "Doe", "Who", "DOE"):
             assert secret not in text and secret not in kept
-        # Words of the header stay with the facts, which are private, but not with what is kept of the series.
-        assert "DOE" not in kept
     bad = [ct_slice(ImagePositionPatient=None), image("7", "OT", GREY), ct_slice(SOPClassUID="1.2.826.77.5")]
     for refusal in look(save(tmp_path / "bad", bad)).refusals:
         assert not any(secret in str(refusal) for secret in SECRETS)

@@ -41,6 +41,7 @@ def values(tmp_path, *headers: Dataset, **more):
     ("<i2", 3, 5, "int16"),
     ("<u2", 20, 0, "uint16"),
     ("<u2", 40, -60_000, "float32"),
+    ("<u2", 100_000, 0, "float32"),
     ("<u2", 0.5, 0, "float32"),
     ("<u2", 0.684, 200, "float32"),
     ("<u4", 1, 0, "int16"),

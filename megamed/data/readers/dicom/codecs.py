@@ -115,9 +115,9 @@ def decode(stream: bytes, facts: Facts) -> np.ndarray:
     try:
         with _silent():
             return _decode(stream, facts)
-    except Refusal:
+    except (Refusal, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # decoders raise whatever damaged streams lead them to
+    except BaseException as error:  # whatever damaged streams lead decoders to; a panic of Rust is no Exception
         raise Refusal("undecodable", f"a picture that cannot be decoded ({type(error).__name__})", AGAIN) from None
 
 

@@ -5,6 +5,7 @@ UIDs are those of PS3.6, Annex A. A word that is not listed here never leaves th
 
 from __future__ import annotations
 
+import hashlib
 from typing import Literal
 
 # What an object is to this reader.
@@ -96,12 +97,13 @@ VIEWS = set(
     CC MLO ML LM LMO FB SIO ISO XCC XCCL XCCM AT CV RL RM RI RS ID AXL CCID""".split()
 )
 
-# Words of ImageType, values 3 and on, that may name a part of a series.
+# Words of ImageType that may name a part of a series.
 IMAGE_TYPES = set(
     """M P R I ND NORM DIS2D DIS3D M_FFE M_SE M_IR M_TSE M_B0 M_B1 P_FFE P_SE P_B0 R_FFE R_SE I_FFE I_SE FFE SE IR TSE
     MAGNITUDE PHASE REAL IMAGINARY MIXED ADC EADC TRACEW TRACE FA DIFFUSION TENSOR ASL PERFUSION CBF CBV MTT TTP
-    DIXON WATER FAT W F IP OP IN_PHASE OUT_PHASE OPP_PHASE PHASE_MAP VELOCITY FLOW MIP MINIP MPR CSAPARALLEL AXIAL
-    LOCALIZER PROJECTION AVERAGE OTHER T1 T2 T2_STAR R2 R2_STAR B0 B1 FMRI MEAN SUM SUB RECON VOLUME""".split()
+    ORIGINAL DERIVED PRIMARY SECONDARY DIXON WATER FAT W F IP OP IN_PHASE OUT_PHASE OPP_PHASE PHASE_MAP VELOCITY
+    FLOW MIP MINIP MPR CSAPARALLEL AXIAL LOCALIZER PROJECTION AVERAGE OTHER T1 T2 T2_STAR R2 R2_STAR B0 B1 FMRI
+    MEAN SUM SUB RECON VOLUME""".split()
 )
 
 # RescaleType and Units (PS3.3, C.11.1.1.2 and C.8.9.1.1.3), as `SeriesInfo.units` has them.
@@ -110,3 +112,8 @@ UNITS = {
     "PROPCNTS": "counts", "PROPCPS": "counts/s", "OD": "OD", "HU_MOD": "HU", "MGML": "mg/ml", "UMOLML": "umol/ml",
     "MLMING": "ml/min/g", "MLG": "ml/g", "1CM": "1/cm", "PCT": "percent", "STDDEV": "standard deviations",
 }
+
+
+def known_word(word: str) -> str:
+    """A word of ImageType, or a few digits that tell it from others where it could say anything."""
+    return word if word in IMAGE_TYPES or word.isdigit() else hashlib.sha256(word.encode()).hexdigest()[:4]

@@ -27,7 +27,7 @@ class Frame(NamedTuple):
         slope, intercept: what makes values of stored numbers.
         echo_ms: echo time; None where there is none.
         b_value: s/mm2; None where the slice is not of a diffusion series.
-        types: words of ImageType that tell apart what must not lie in one stack.
+        types: words of ImageType that tell apart what must not lie in one stack; digits for those of no standard.
         stack: of an enhanced object, empty otherwise.
         temporal: number of the volume, as the header says it.
         dimensions: of an enhanced object, its dimension indices but for those that say where a slice lies.

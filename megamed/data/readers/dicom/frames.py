@@ -45,6 +45,9 @@ _OF_PLACE = {
 # What GE's scanners write in (0043,102F) instead of a word of ImageType.
 _GE_KINDS = ("M", "P", "R", "I")
 
+# Farther than this from the middle of a scanner nothing is imaged.
+_FARTHEST_MM = 1e5
+
 # GE adds multiples of this to b-values as a mark.
 _GE_MARK = 100_000
 
@@ -124,10 +127,10 @@ def _telling(facts: Facts, dataset: Dataset, types: tuple[str, ...]) -> tuple[st
     """Words of ImageType that must be the same throughout a stack."""
     if facts.modality != "MR":
         # Further values of CT say how a slice was reconstructed, which may change within a stack.
-        return tuple(one for one in types[:3] if one not in _NOT_TELLING)
+        return tuple(codes.known_word(one) for one in types[:3] if one not in _NOT_TELLING)
     ge = private_number(private(dataset, 0x0043, "GEMS_PARM_01", 0x2F))
     own = (_GE_KINDS[int(ge)],) if ge in (0, 1, 2, 3) else ()
-    return (*(one for one in types if one not in _NOT_TELLING), *own)
+    return (*(codes.known_word(one) for one in types if one not in _NOT_TELLING), *own)
 
 
 def _check_place(frame: Frame) -> None:
@@ -147,6 +150,8 @@ def _check_place(frame: Frame) -> None:
         raise Refusal("no-geometry", "a slice whose rows and columns are not at a right angle", "export it again")
     if any(value <= 0 for value in frame.spacing):
         raise Refusal("no-geometry", "a slice whose pixels have no size", "export the series again")
+    if any(abs(value) > _FARTHEST_MM for value in (*frame.position, *frame.spacing)):
+        raise Refusal("no-geometry", "a slice that lies nowhere near a patient", "export the series again")
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,7 @@ def _enhanced(facts: Facts, dataset: Dataset, types: tuple[str, ...]) -> Iterato
             echo_ms=_rounded(number(groups.get("MREchoSequence"), "EffectiveEchoTime"), 3),
             b_value=_rounded(number(groups.get("MRDiffusionSequence"), "DiffusionBValue"), 0),
             types=_frame_types(facts, groups) or _telling(facts, dataset, types),
-            stack=word(content, "StackID"),
+            stack=codes.known_word(stack) if (stack := word(content, "StackID")) else "",
             temporal=whole(content, "TemporalPositionIndex"),
             dimensions=tuple(int(indices[i]) for i in telling if i < len(indices)),
             acquisition=whole(content, "FrameAcquisitionNumber"),
@@ -216,7 +221,7 @@ def _frame_types(facts: Facts, groups: _Groups) -> tuple[str, ...]:
         if types:
             wanted = types if facts.modality == "MR" else types[:3]
             component = word(group, "ComplexImageComponent")
-            return tuple(one for one in (*wanted, component) if one not in _NOT_TELLING)
+            return tuple(codes.known_word(one) for one in (*wanted, component) if one not in _NOT_TELLING)
     return ()
 
 

@@ -16,7 +16,6 @@ import numpy as np
 
 from megamed.data.orientation import find_turn
 from megamed.data.readers.base import FileHeader, Grouping, Refusal, SeriesPlan
-from megamed.data.readers.dicom.codes import IMAGE_TYPES
 from megamed.data.readers.dicom.facts import LOCALIZER, Facts
 from megamed.data.readers.dicom.geometry import Item, Place, Stack, find_places, is_regular, measure
 from megamed.data.readers.dicom.volumes import Volume, sort_volumes
@@ -241,16 +240,9 @@ def _words(items: Sequence[Item]) -> _Words:
         "pixel": f"{column}x{row} mm",
         "echo": "" if frame.echo_ms is None else f"TE {frame.echo_ms:g} ms",
         "b": "" if frame.b_value is None else f"b {frame.b_value:g}",
-        "type": " ".join(_known(one) for one in frame.types if one not in ("ORIGINAL", "PRIMARY")),
-        "stack": f"stack {frame.stack if frame.stack.isdigit() else _known(frame.stack)}" if frame.stack else "",
+        "type": " ".join(one for one in frame.types if one not in ("ORIGINAL", "PRIMARY")),
+        "stack": f"stack {frame.stack}" if frame.stack else "",
     }
-
-
-def _known(word: str) -> str:
-    """A word of the standard, or a few digits instead of one that could say anything."""
-    if word in IMAGE_TYPES or word in ("DERIVED", "SECONDARY"):
-        return word
-    return hashlib.sha256(word.encode()).hexdigest()[:4]
 
 
 def _label(part: Part, parts: Sequence[Part]) -> str:

@@ -109,7 +109,7 @@ def _facts(parsed: Parsed, pseudonyms: Pseudonyms) -> Facts:
             whole(dataset, "InConcatenationTotalNumber"),
         )
     if kind == "stack" and not _is_planar(sop_class, facts, types):
-        if facts.samples != 1:
+        if facts.photometric not in _GREY:
             raise Refusal("secondary-capture", "a coloured picture among the slices", "leave it out")
         frames_of(facts, dataset, sop_class, types)
     else:
@@ -159,6 +159,8 @@ def _pixels(parsed: Parsed, kind: codes.ObjectKind) -> Facts:
     if not (grey or colour) or allocated not in (8, 16, 32) or (colour and samples == 3 and allocated != 8):
         raise Refusal("unsupported-pixels", f"pixels of {samples} x {allocated} bits of this colour are not read",
                       "export them as grey values, or as RGB of 8 bits")
+    if photometric in ("YBR_RCT", "YBR_ICT") and parsed.syntax not in codes.JPEG_2000:
+        raise Refusal("unsupported-pixels", "colours of JPEG 2000 in another coding", AGAIN)
     stored = whole(dataset, "BitsStored") or allocated
     high = whole(dataset, "HighBit")
     high = stored - 1 if high is None or not stored - 1 <= high < allocated else high

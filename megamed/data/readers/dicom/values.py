@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from megamed.data.orientation import Turn
+from megamed.data.readers.base import Refusal
 from megamed.data.readers.dicom.codecs import stored_range
 from megamed.data.readers.dicom.facts import Facts, Frame
 from megamed.data.voxels import to_smallest
@@ -105,9 +106,15 @@ def rescale(stored_HW: np.ndarray, slope: float, intercept: float) -> np.ndarray
     """slope x stored + intercept: whole numbers where all are whole, float32 otherwise (rounded once)."""
     if slope == 1 and intercept == 0:
         return stored_HW
-    if slope == int(slope) and intercept == int(intercept):
-        return stored_HW.astype(np.int64 if stored_HW.dtype.itemsize > 2 else np.int32) * int(slope) + int(intercept)
-    return (stored_HW * np.float64(slope) + np.float64(intercept)).astype(np.float32)
+    if slope == int(slope) and intercept == int(intercept) and max(abs(slope), abs(intercept)) < 1 << 30:
+        # Numbers of 16 bits times a slope of 14 fit into 32, of 32 bits times one of 30 into 64.
+        narrow = stored_HW.dtype.itemsize <= 2 and max(abs(slope), abs(intercept)) < 1 << 14
+        return stored_HW.astype(np.int32 if narrow else np.int64) * int(slope) + int(intercept)
+    with np.errstate(over="ignore"):
+        values_HW = (stored_HW * np.float64(slope) + np.float64(intercept)).astype(np.float32)
+    if not np.isfinite(values_HW).all():
+        raise Refusal("not-finite", "values beyond any scale", "export the series again")
+    return values_HW
 
 
 def inversion_sum(facts: Facts, frame: Frame, table: np.ndarray | None) -> float:
