@@ -18,7 +18,7 @@ from megamed.data.series import Series
 READER, PSEUDONYMS = DicomReader(), Pseudonyms(b"the key of the tests", dates="shift")
 STORAGE = "1.2.840.10008.5.1.4.1.1."
 ROWS, COLUMNS = 4, 5
-SECRETS = ("Doe^Jane", "4711", "1.2.826.77", "20200102", "ACC0815", "Dr^Who")
+SECRETS = ("Doe^Jane", "PAT-4711", "1.2.826.77", "20200102", "ACC0815", "Dr^Who")
 
 
 def pixels(z: int, t: int = 0) -> np.ndarray:
@@ -30,7 +30,7 @@ def image(sop_class: str, modality: str, stored: np.ndarray, **changes) -> Datas
     """An object with these stored numbers; a change of None takes an element away."""
     header = Dataset()
     header.SOPClassUID, header.SOPInstanceUID, header.Modality = STORAGE + sop_class, generate_uid(), modality
-    header.PatientName, header.PatientID, header.StudyDate = "Doe^Jane", "4711", "20200102"
+    header.PatientName, header.PatientID, header.StudyDate = "Doe^Jane", "PAT-4711", "20200102"
     header.StudyInstanceUID, header.SeriesInstanceUID = "1.2.826.77.1", "1.2.826.77.2"
     header.AccessionNumber, header.ReferringPhysicianName, header.StudyTime = "ACC0815", "Dr^Who", "101112"
     header.ImageType = ["ORIGINAL", "PRIMARY", "OTHER"]

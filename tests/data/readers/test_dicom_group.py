@@ -311,8 +311,8 @@ def test_pictures_are_series_of_their_own(tmp_path):
 def test_identity_is_pseudonymous(tmp_path):
     header, *_ = scan(save(tmp_path, [ct_slice(PixelPaddingValue=0)]))[0]
     identity = header.identity
-    assert identity.patient == PSEUDONYMS.of("patient", "4711")
+    assert identity.patient == PSEUDONYMS.of("patient", "PAT-4711")
     assert identity.study == PSEUDONYMS.of("study", "1.2.826.77.1")
     assert identity.series == PSEUDONYMS.of("series", "1.2.826.77.2")
     assert identity.accession == PSEUDONYMS.of("accession", "ACC0815")
-    assert identity.study_date == PSEUDONYMS.date("4711", "20200102") != ""
+    assert identity.study_date == PSEUDONYMS.date("PAT-4711", "20200102") != ""
