@@ -6,7 +6,8 @@ UC, UR, AE, UI, DA, DT, TM and AS (and of private elements of unknown VR, where 
 names. Left out are, with the reason:
 
 - UIDs of DICOM's own root 1.2.840.10008: they name classes and encodings, the same in every hospital.
-- Values shorter than 4 characters, and digits alone up to 4 ("30", "5.1", "2157"): they stand everywhere by chance.
+- Values shorter than 4 characters, and digits alone up to 4 ("30", "5.1", "2157"): they stand everywhere by chance. In
+  content that is no text (it has zero bytes), values shorter than 6: a gigabyte of voxels or weights has each of them.
 - Texts that are also a code string (CS) of the same files ("HEAD"): a code names a kind, not a person.
 
 Numbers (DS, IS and the binary VRs) and codes (CS) are what the training data is made of.
@@ -38,6 +39,9 @@ MIN_DIGITS = 5
 _DICOM_ROOT = "1.2.840.10008."
 # Bytes that are looked through at once; a value that spans two stretches is found in the overlap.
 _STRETCH = 1 << 22
+# Longer values are pixels; text is at most 10,240 characters long (LT).
+_LONGEST_VALUE = 1 << 16
+_BY_CHANCE = 6
 _NUMERIC = re.compile(r"[\d.]+")
 _WORD_BYTES = frozenset(b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.")
 
@@ -64,18 +68,36 @@ def identifying_values(paths: Iterable[Path]) -> set[str]:
 
     values: set[str] = set()
     codes: set[str] = set()
+    seen: set[tuple[Any, ...]] = set()
     for path in paths:
         try:
-            dataset = pydicom.dcmread(path, stop_before_pixels=True)
+            dataset = pydicom.dcmread(path, defer_size=_LONGEST_VALUE)
         except (InvalidDicomError, EOFError):
             continue
-        for element in (*dataset.file_meta.iterall(), *dataset.iterall()):
+        for element in (*_elements(dataset.file_meta, seen), *_elements(dataset, seen)):
             if element.VR == "CS":
                 codes.update(_texts(element.value))
             elif element.VR in IDENTIFYING_VRS:
                 for text in _texts(element.value):
                     values.update(_with_parts(text) if element.VR == "PN" else (text,))
     return {value for value in values - codes if _identifies(value)}
+
+
+def _elements(dataset: Any, seen: set[tuple[Any, ...]]) -> Iterator[Any]:
+    """Elements of a data set and of those in it, but for those that another file had with the same bytes."""
+    for tag in dataset.keys():
+        raw = dataset.get_item(tag)
+        if isinstance(raw.value, bytes | None):  # not decoded yet, None where it was too long to be read
+            key = (tag, raw.VR, raw.value)
+            if raw.value is None or len(raw.value) > _LONGEST_VALUE or key in seen:
+                continue
+            seen.add(key)
+        element = dataset[tag]
+        if element.VR == "SQ":
+            for item in element.value:
+                yield from _elements(item, seen)
+        else:
+            yield element
 
 
 def find_identity(values: Iterable[str], paths: Iterable[Path]) -> list[Hit]:
@@ -114,6 +136,7 @@ class _Needles:
     def find(self, content: bytes) -> Iterator[tuple[str, int]]:
         """Each value that is there, once, with the offset of its first place."""
         seen = set()
+        shortest = MIN_CHARACTERS if b"\0" not in content else _BY_CHANCE
         for start in range(0, len(content), _STRETCH):
             stretch = np.frombuffer(content[start : start + _STRETCH + self._longest], dtype=np.uint8)
             if len(stretch) < 4:
@@ -125,7 +148,7 @@ class _Needles:
             for place in places[np.isin(heads[places], self._heads)].tolist():
                 offset = start + place
                 for form, value, numeric in self._by_head[int(heads[place])]:
-                    if value in seen or not content.startswith(form, offset):
+                    if value in seen or len(value) < shortest or not content.startswith(form, offset):
                         continue
                     if numeric and _in_word(content, offset, offset + len(form)):
                         continue
