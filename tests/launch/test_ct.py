@@ -16,8 +16,8 @@ pytestmark = needs("ct_head_ge", "ct_phantom")
 
 # A run that is over in a few seconds.
 FEW = ("+exp=ct", "wandb.mode=disabled", "eval.max_new_tokens=2", "eval.blank_control=false",
-       "model.language.num_layers=2", "model.vision.num_layers=1", "train.microbatches=2", "data.packing.rows_per_block=4",
-       "data.frames.augment.enabled=true")
+       "model.language.num_layers=2", "model.vision.num_layers=1", "train.microbatches=2",
+       "data.packing.rows_per_block=4", "data.frames.augment.enabled=true")
 
 
 @pytest.fixture(scope="module")
