@@ -35,8 +35,8 @@ class Pseudonyms:
         """The pseudonym of an identifier, 20 hex digits; empty for an empty value.
 
         Args:
-            kind: what it identifies: `patient`, `study`, `series`, `instance`, `accession`, `image`. The same text
-                as two kinds has two pseudonyms.
+            kind: what it identifies: `patient`, `study`, `series`, `instance`, `accession`. The same text as two
+                kinds has two pseudonyms.
             value: as the source has it; spaces and NULs around it do not count.
         """
         text = value.strip(_PADDING)

@@ -23,7 +23,7 @@ class Report:
 
     Attributes:
         study, accession, patient: keyed hashes.
-        images: `image_key` of each file that the report names.
+        images: `image_keys` of the files that the report names.
         sections: text by name, of `SECTIONS`; none is empty.
         path: of the file that it was read from, which may say who somebody is: for quarantine alone.
         line: where it begins in the file, from 1; the number of the record in a JSON list.
@@ -47,17 +47,22 @@ class Reading(NamedTuple):
     refused: list[tuple[int, Refusal]]
 
 
-def image_key(pseudonyms: Pseudonyms, name: str) -> str:
-    """The pseudonym of a picture by its file's name, whatever folder and format it is in: `a/CXR1_IM-1.png` and
-    `CXR1_IM-1` have the same one."""
-    stem = PurePath(name.replace("\\", "/")).name
-    while stem.lower().endswith(_ENDINGS):
-        stem = stem[: stem.rindex(".")]
-    return pseudonyms.of("image", stem)
+def image_keys(pseudonyms: Pseudonyms, name: str) -> tuple[str, ...]:
+    """Pseudonyms of a file by its name, whatever folder it is in: with its endings, without the last, without any.
+
+    They are of the kind `accession`, which is what the readers of pictures and NIfTI call a file by that says nothing
+    else of itself. `a/CXR1_IM-1.dcm.png` and `CXR1_IM-1` have one in common.
+    """
+    name = PurePath(name.replace("\\", "/")).name
+    forms = [name]
+    while name.lower().endswith(_ENDINGS):
+        name = name[: name.rindex(".")]
+        forms.append(name)
+    return tuple(pseudonyms.of("accession", form) for form in forms)
 
 
 def image_names(files: Iterable[tuple[str, str]], pseudonyms: Pseudonyms) -> dict[str, str]:
-    """Series by the `image_key` of their files, for `samples.from_reports`.
+    """Series by the `image_keys` of their files, for `samples.from_reports`.
 
     A name that files of two series have says nothing (`I10` stands on every CD) and is left out.
 
@@ -68,7 +73,7 @@ def image_names(files: Iterable[tuple[str, str]], pseudonyms: Pseudonyms) -> dic
     names: dict[str, str] = {}
     ambiguous = set()
     for path, series in files:
-        key = image_key(pseudonyms, path)
-        if names.setdefault(key, series) != series:
-            ambiguous.add(key)
+        for key in image_keys(pseudonyms, path):
+            if names.setdefault(key, series) != series:
+                ambiguous.add(key)
     return {key: series for key, series in names.items() if key not in ambiguous}

@@ -13,7 +13,7 @@ from typing import Any
 
 from megamed.data.privacy import Pseudonyms
 from megamed.data.readers.base import Refusal
-from megamed.data.reports.base import SECTIONS, Report, image_key
+from megamed.data.reports.base import SECTIONS, Report, image_keys
 from megamed.data.reports.scrub import scrub
 
 # What a key means, by how it is written in the wild.
@@ -109,9 +109,10 @@ def to_report(record: Mapping[str, Any], pseudonyms: Pseudonyms, path: Path, lin
     )
     scrubbed = {name: scrub(text, known).strip() for name, text in sections.items()}
     return Report(
-        study=pseudonyms.of("study", study), accession=pseudonyms.of("accession", accession),
-        patient=pseudonyms.of("patient", patient),
-        images=tuple(dict.fromkeys(image_key(pseudonyms, image) for image in values.get("images", ()))),
+        # A number alone is no UID: MIMIC-CXR's tables have 50414267 for the study in the folder s50414267.
+        study=pseudonyms.of("study", f"s{study}" if study.isdecimal() else study),
+        accession=pseudonyms.of("accession", accession), patient=pseudonyms.of("patient", patient),
+        images=tuple(dict.fromkeys(key for image in values.get("images", ()) for key in image_keys(pseudonyms, image))),
         sections={name: text for name, text in scrubbed.items() if text}, path=path, line=line,
         study_date=pseudonyms.date(patient, re.sub(r"\D", "", date)[:8]),
     )

@@ -53,8 +53,8 @@ _TEXTS: tuple[tuple[str, int, str], ...] = (
     (r"\b(?:\d{1,2}(?:st|nd|rd|th)(?:\s+of)?\s+may|may\s+\d{1,2}(?:st|nd|rd|th))\b", re.IGNORECASE, BLANK),
     (r"\b(on|from|dated|since|of|date)\s+\d{1,2}/\d{1,2}\b(?!/)", re.IGNORECASE, rf"\1 {BLANK}"),
     # Times of day.
-    (r"\b\d{1,2}:\d{2}(?::\d{2})?(?:\.\d+)?(?:\s*[ap]\.?m\b\.?)?", re.IGNORECASE, BLANK),
-    (r"\b\d{1,2}\s*[ap]\.?m\b\.?", re.IGNORECASE, BLANK),
+    (r"\b\d{1,2}:\d{2}(?::\d{2})?(?:\.\d+)?(?:\s*(?:[ap]m\b|[ap]\.m\.))?", re.IGNORECASE, BLANK),
+    (r"\b\d{1,2}\s*(?:[ap]m\b|[ap]\.m\.)", re.IGNORECASE, BLANK),
     (r"\b\d{4}\s*(?:hours|hrs|h)\b", re.IGNORECASE, BLANK),
     # Numbers of telephones, records and the like.
     (r"\b((?:tel|telephone|phone|pager|beeper|fax|ext|extension)\b[ .:#]*)\+?\d[\d ()./-]*\d", re.IGNORECASE,

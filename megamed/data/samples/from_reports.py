@@ -43,7 +43,7 @@ def from_reports(
     Args:
         reports: of any files, in any order.
         records: the store's.
-        images: series by `reports.image_key` of the files they were made of, from `reports.image_names`.
+        images: series by `reports.image_keys` of the files they were made of, from `reports.image_names`.
 
     Returns:
         The lines, in an order that hangs on their content alone, each once; and the reports whose study is not there.
@@ -84,12 +84,17 @@ class _Series:
         found = self._by_study.get(report.study) or self._by_accession.get(report.accession)
         if found:
             return sorted(found, key=_order)
-        named = [self._by_name.get(self._images.get(image, "")) for image in report.images]
-        found = list({record.series: record for record in named if record is not None}.values())
-        if found:
-            return found
+        named = [record for image in report.images for record in self._named(image)]
+        if named:
+            return list({record.series: record for record in named}.values())
         that_day = self._by_day.get((report.patient, report.study_date), [])
         return sorted(that_day, key=_order) if len({record.study for record in that_day}) == 1 else []
+
+    def _named(self, image: str) -> list[SeriesRecord]:
+        """The series made of a file, if there is one only."""
+        record = self._by_name.get(self._images.get(image, ""))
+        found = [record] if record is not None else self._by_accession.get(image, [])
+        return found if len(found) == 1 else []
 
 
 def _order(record: SeriesRecord) -> tuple[Any, ...]:

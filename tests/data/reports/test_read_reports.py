@@ -8,7 +8,7 @@ import pytest
 
 from megamed.data.privacy import Pseudonyms
 from megamed.data.readers import Refusal
-from megamed.data.reports import can_read, image_key, image_names, read
+from megamed.data.reports import can_read, image_keys, image_names, read
 
 PSEUDONYMS = Pseudonyms(bytes(range(32)), "shift")
 UID, NUMBER, PATIENT = "1.2.840.99.5", "AC-778899", "P0012345"
@@ -54,7 +54,8 @@ def test_formats(tmp_path, name, write):
     assert (report.study, report.accession, report.patient) == (
         PSEUDONYMS.of("study", UID), PSEUDONYMS.of("accession", NUMBER), PSEUDONYMS.of("patient", PATIENT))
     assert report.study_date == PSEUDONYMS.date(PATIENT, "20190314") != ""
-    assert report.images == (image_key(PSEUDONYMS, "CXR1_IM-1"),)
+    # By the name that the reader of pictures gives it, and without any ending.
+    assert report.images[1:] == tuple(PSEUDONYMS.of("accession", name) for name in ("CXR1_IM-1.dcm", "CXR1_IM-1"))
     assert report.path == path and report.line == (2 if "sv" in name.lower() else 1)
 
 
@@ -65,7 +66,7 @@ def test_open_i(tmp_path):
     (report,) = read(path, PSEUDONYMS).reports
     assert report.sections == {"indication": "Fall of XXXX.", "comparison": "None.", "findings": "Heart < normal."}
     assert report.study == PSEUDONYMS.of("study", "CXR1")
-    assert report.images == (image_key(PSEUDONYMS, "CXR1_IM-1.png"), image_key(PSEUDONYMS, "x\\CXR1_IM-2.JPG"))
+    assert report.images == (image_keys(PSEUDONYMS, "CXR1_IM-1.png")[1], image_keys(PSEUDONYMS, "x\\CXR1_IM-2.JPG")[1])
 
 
 @pytest.mark.parametrize(("text", "sections"), [
@@ -82,7 +83,7 @@ def test_the_text_of_all_is_split_at_its_headings(tmp_path, text, sections):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"study_id": 50414267, "text": text}))
     (report,) = read(path, PSEUDONYMS).reports
-    assert report.sections == sections and report.study == PSEUDONYMS.of("study", "50414267")
+    assert report.sections == sections and report.study == PSEUDONYMS.of("study", "s50414267")
 
 
 @pytest.mark.parametrize(("name", "content"), [
@@ -145,5 +146,6 @@ def test_files_that_cannot_be_read(tmp_path, name, content, code):
 
 
 def test_names_of_pictures_that_several_series_have_say_nothing():
-    files = [("a/I10", "s1"), ("b/I10", "s2"), ("b/x.y.PNG", "s3"), ("c/x.y.dcm", "s3")]
-    assert image_names(files, PSEUDONYMS) == {PSEUDONYMS.of("image", "x.y"): "s3"}
+    files = [("a/I10", "s1"), ("b/I10", "s2"), ("b/x.y.PNG", "s3"), ("c/x.y.dcm", "s3"), ("d/I10.dcm", "s1")]
+    named = {"x.y": "s3", "x.y.PNG": "s3", "x.y.dcm": "s3", "I10.dcm": "s1"}
+    assert image_names(files, PSEUDONYMS) == {PSEUDONYMS.of("accession", key): name for key, name in named.items()}

@@ -22,6 +22,7 @@ RECORDS = [
     record("e", "s2", "a2", "p2", "20200101"), record("f", "s3", "", "p2", "20200202"),
     record("g", "s4", "", "p2", "20200303"), record("h", "s5", "", "p2", "20200303"),
     record("i", "", modality="DX", plane="none"), record("j", "", modality="DX", plane="none"),
+    record("k", "", "file", ""), record("l", "", "twice", ""), record("m", "", "twice", ""),
 ]
 SECTIONS = {"indication": "Fall.", "comparison": "None.", "technique": "CT.",
             "findings": "Clear.", "impression": "Normal."}
@@ -32,6 +33,7 @@ NONE = Report("", "", "", (), SECTIONS)
     (replace(NONE, study="s1"), ["a", "c", "b", "d"]),  # by modality, plane, and the longest first
     (replace(NONE, study="?", accession="a2"), ["e"]),
     (replace(NONE, images=("k2", "k1", "k2", "?")), ["j", "i"]),
+    (replace(NONE, images=("?", "file")), ["k"]),  # the reader of pictures calls it by its file
     (replace(NONE, patient="p2", study_date="20200202"), ["f"]),
 ])
 def test_a_report_finds_its_series(report, series):
@@ -47,7 +49,8 @@ def test_a_report_finds_its_series(report, series):
 
 
 @pytest.mark.parametrize("report", [
-    NONE, replace(NONE, study="?", accession="?"), replace(NONE, images=("k3", "k9")), replace(NONE, patient="p1"),
+    NONE, replace(NONE, study="?", accession="?"), replace(NONE, patient="p1"),
+    replace(NONE, images=("k3", "k9", "twice")),
     replace(NONE, patient="p2", study_date="20200303"),  # two studies on that day
     replace(NONE, patient="p2", study_date="20200404"),
 ])
