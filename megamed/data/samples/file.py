@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from megamed.data.samples.objects import fill
 from megamed.data.samples.parse import parse
 from megamed.data.samples.schema import Sample
 from megamed.utils import UserError
@@ -54,12 +55,17 @@ class SampleFile:
         return len(self._starts) - 1
 
     def __getitem__(self, index: int) -> Sample:
-        """Sample number `index`, from 0.
+        """Sample number `index`, from 0, with its boxes written into its text.
 
         Raises:
             UserError: the line cannot be used, or the file has changed since it was opened.
         """
-        return parse(self.line(index), self.line_number(index), str(self.path))
+        number = self.line_number(index)
+        sample, faults = fill(parse(self.line(index), number, str(self.path)), self.folder)
+        if faults:
+            key, what, mend = faults[0]
+            raise UserError(f"{self.path}:{number}: {key}: {what}; {mend}")
+        return sample
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))

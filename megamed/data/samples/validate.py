@@ -15,16 +15,12 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from megamed.data.samples.parse import Problem, _numbers, read
+from megamed.data.samples.objects import fill
+from megamed.data.samples.parse import Problem, read
 from megamed.data.samples.schema import FrameChoice, Sample, StudyRef
 from megamed.data.store import SeriesRecord, VolumeStore
 from megamed.utils import UserError
-
-BOX_TYPES = ("real", "norm1", "norm1000")
-# A picture's sides are looked up where boxes are in its pixels; more is kept of no picture.
-_REF, _BOX = "<ref-object>", "<bbox>"
 
 
 def validate(
@@ -84,7 +80,8 @@ class _Checks:
             add("", f"is the same as line {first}", "take one of them out")
         if not found:
             _check_talk(sample, add)
-            _check_objects(sample, self._folder, add)
+            for fault in fill(sample, self._folder)[1]:
+                add(*fault)
         self._check_files(sample, add)
         for i, study in enumerate(sample.studies):
             self._check_study(f"studies[{i}]", study, add)
@@ -147,53 +144,6 @@ def _check_frames(key: str, choice: FrameChoice, record: SeriesRecord, add: Call
             add(f"{key}.range_s", "is given for a series without time", "take it out")
         elif choice.range_s[0] > duration_s:
             add(f"{key}.range_s", "begins beyond the run", f"its volumes lie from 0 to {duration_s:g} s")
-
-
-def _check_objects(sample: Sample, folder: Path, add: Callable[[str, str, str], None]) -> None:
-    """Boxes in ms-swift's convention: x and y of a point or of two corners, `<bbox>` and `<ref-object>` in the text."""
-    objects = sample.objects
-    text = "".join(message.content for message in sample.messages)
-    for key, tag in (("ref", _REF), ("bbox", _BOX)):
-        values = objects.get(key, [])
-        if not isinstance(values, list):
-            add(f"objects.{key}", "is no list", "give a list")
-            return
-        if text.count(tag) not in (0, len(values)) or (text.count(tag) and not values):
-            add(f"objects.{key}", f"has {len(values)} entries and the messages {text.count(tag)} {tag}",
-                f"put a {tag} for each")
-    kind = objects.get("bbox_type", "real")
-    if kind not in BOX_TYPES:
-        add("objects.bbox_type", "is not known", f"it may be {', '.join(BOX_TYPES)}")
-        return
-    for i, box in enumerate(objects.get("bbox", [])):
-        key = f"objects.bbox[{i}]"
-        if not _numbers(box, 2) and not _numbers(box, 4):
-            add(key, "is no box", "give x and y of a point, or of the corners at the top left and bottom right")
-            continue
-        width, height = _sides(kind, objects.get("image_id"), i, sample, folder)
-        if width is None or height is None:
-            add(key, "is in pixels of a picture that is not there", "mend images and objects.image_id")
-        elif not all(0 <= x <= width for x in box[::2]) or not all(0 <= y <= height for y in box[1::2]):
-            add(key, f"lies outside {width:g} x {height:g}", "mend it, or bbox_type")
-        elif len(box) == 4 and (box[0] > box[2] or box[1] > box[3]):
-            add(key, "has its corners in the wrong order", "give top left, then bottom right")
-
-
-def _sides(kind: str, image_ids: Any, index: int, sample: Sample, folder: Path) -> tuple[float | None, float | None]:
-    """Width and height that a box lies in; None where its picture cannot be told or read."""
-    if kind != "real":
-        side = 1.0 if kind == "norm1" else 1000.0
-        return side, side
-    from PIL import Image
-
-    try:
-        number = image_ids[index] if image_ids else 0
-        if not isinstance(number, int) or number < 0:
-            return None, None
-        with Image.open(folder / sample.images[number]) as image:
-            return image.size
-    except (OSError, ValueError, IndexError, TypeError, KeyError, Image.DecompressionBombError):
-        return None, None
 
 
 def _digest(line: bytes) -> bytes:

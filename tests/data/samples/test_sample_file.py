@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from megamed.data.samples import file as sample_file
 from megamed.data.samples import load
@@ -81,3 +82,25 @@ def test_what_is_no_file_of_samples(tmp_path, content, says):
     with pytest.raises(UserError, match=says) as caught:
         load(path)
     assert str(path) in str(caught.value)
+
+
+def test_boxes_are_written_as_internvl_writes_them(tmp_path):
+    Image.new("L", (200, 50)).save(tmp_path / "b.png")
+    path = tmp_path / "train.jsonl"
+    boxes = {"ref": ["nodule", "it"], "bbox": [[20, 10, 200, 50], [0.4, 25]], "image_id": [1, 1]}
+    rows = [
+        {"query": "<image><image>Find the <ref-object>.", "response": "<bbox>, <ref-object> at <bbox>.",
+         "images": ["a.png", "b.png"], "objects": boxes},
+        {"query": "Where?", "response": "<bbox>", "objects": {"bbox": [[0.1, 0.25, 0.5, 1]], "bbox_type": "norm1"}},
+        {"query": "Where?", "response": "<bbox>"},
+        {"query": "Where?", "response": "there", "images": ["b.png"], "objects": {"bbox": [[201, 0]]}},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    samples = load(path)
+    assert [message.content for message in samples[0].messages] == [
+        "<image><image>Find the <ref>nodule</ref>.",
+        "<box>[[100, 200, 1000, 1000]]</box>, <ref>it</ref> at <box>[[2, 500]]</box>."]
+    assert samples[1].messages[1].content == "<box>[[100, 250, 500, 1000]]</box>"
+    for index, says in ((2, r":3: objects.bbox: has 0 entries"), (3, r":4: objects.bbox\[0\]: lies outside 200 x 50")):
+        with pytest.raises(UserError, match=says):
+            samples[index]

@@ -71,7 +71,7 @@ def test_a_good_file_passes(tmp_path, store, capsys):
 def test_every_fault_is_found_and_nothing_of_the_text_is_shown(tmp_path, store, capsys):
     Image.new("L", (40, 30)).save(tmp_path / "a.png")
     boxes = {"images": ["a.png"],
-             "objects": {"bbox": [[0, 0, 41, 30], [9, 9, 3, 12], [1], [1, 2]], "image_id": [0, 0, 0, 1]}}
+             "objects": {"bbox": [[0, 0, 41, 30], [9, 9, 3, 12], [1, 2]], "image_id": [0, 0, 1]}}
     lines = [
         (json.dumps(talk()), []),
         ("", []),
@@ -90,10 +90,13 @@ def test_every_fault_is_found_and_nothing_of_the_text_is_shown(tmp_path, store, 
          ["studies[0].frames.range_s: is given for a series without time",
           "studies[1].frames.range_s: begins beyond the run; its volumes lie from 0 to 4.5 s"]),
         (json.dumps(talk("6", **boxes)),
-         ["objects.bbox[0]: lies outside 40 x 30", "objects.bbox[1]: has its corners", "objects.bbox[2]: is no box",
-          "objects.bbox[3]: is in pixels of a picture that is not there"]),
-        (json.dumps(talk("7 <bbox>", objects={"bbox": [[0, 0], [1001, 0]], "bbox_type": "norm1000"})),
-         ["objects.bbox: has 2 entries and the messages 1 <bbox>", "objects.bbox[1]: lies outside 1000 x 1000"]),
+         ["objects.bbox[0]: lies outside 40 x 30", "objects.bbox[1]: has its corners",
+          "objects.bbox[2]: is in pixels of a picture that is not there"]),
+        (json.dumps(talk("7 <bbox>", objects={"bbox": [[1001, 0]], "bbox_type": "norm1000"})),
+         ["objects.bbox[0]: lies outside 1000 x 1000"]),
+        (json.dumps(talk("8 <ref-object>", objects={"bbox": [[0], [1, "2"]], "ref": ["a", "b"]})),
+         ["objects.ref: has 2 entries and the messages 1 <ref-object>", "objects.bbox[0]: is no box",
+          "objects.bbox[1]: is no box"]),
         (json.dumps(talk("8 <bbox>", objects={"bbox_type": "SECRET"})),
          ["objects.bbox: has 0", "objects.bbox_type: is not known"]),
         (json.dumps(talk("9 <image><study>", images="<")),
