@@ -50,7 +50,7 @@ def losses(folder: Path) -> list[tuple]:
 
 def test_it_trains_and_asks_about_the_patient_that_it_never_saw(finished):
     folder, output = finished
-    assert "volume store of 2 series of 2 patients: 1 to train on, 1 of 1 patients held out" in output
+    assert "volume store: 2 series of 2 patients; 1 series to train on, 1 of 1 patients held out" in output
     assert "held-out questions answered right" in output and "num_slices" in output
     steps = lines(folder)
     assert [line["step"] for line in steps] == list(range(1, 9))

@@ -164,7 +164,7 @@ class FactSamples:
 
 def _choice(info: SeriesInfo, rng: np.random.Generator, most_frames: int) -> FrameChoice:
     """All of a stack or a part of it, and how many of its slices: as often few as many."""
-    at_most = round(2 ** rng.uniform(1.0, max(1.0, np.log2(most_frames))))
+    at_most = min(most_frames, round(2 ** rng.uniform(1.0, max(1.0, np.log2(most_frames)))))
     positions = slice_positions(info)
     if info.kind != "volume" or len(positions) < 4 or rng.random() < 0.5:
         return FrameChoice(at_most=at_most)
@@ -176,20 +176,3 @@ def _choice(info: SeriesInfo, rng: np.random.Generator, most_frames: int) -> Fra
 def _frames(shown: Shown) -> list[Any]:
     return [frame.frame if isinstance(frame, ShownFrame) else frame for s in shown["studies"] for frame in s.frames]
 
-
-def is_held_out(patient: str, share: float) -> bool:
-    """Whether a patient is among those that training never shows: by their pseudonym alone, whoever else is there."""
-    return _place(patient) < share
-
-
-def held_out_patients(patients: set[str], share: float) -> set[str]:
-    """The patients that training never shows: about `share` of them, but of two or more neither none nor all."""
-    if share == 0 or len(patients) < 2:
-        return set()
-    ranked = sorted(patients, key=_place)
-    chosen = {patient for patient in patients if is_held_out(patient, share)}
-    return (chosen or {ranked[0]}) - ({ranked[-1]} if len(chosen) == len(patients) else set())
-
-
-def _place(patient: str) -> float:
-    return int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big") / 2**64

@@ -39,7 +39,7 @@ class Documents:
         too_long: what becomes of longer ones.
 
     Attributes:
-        num_too_long: how often each data set had one.
+        num_too_long: how many samples of each data set were.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Documents:
         self.writer, self.store, self.frames, self.image_size = writer, store, frames, image_size
         self.seq_length, self.too_long = seq_length, too_long
         self.num_too_long: Counter[str] = Counter()
+        self._met: set[str] = set()
         self._record = lru_cache(_CACHED_SERIES)(self._read_record)
 
     def document(self, draft: Draft, seed: int) -> Document | None:
@@ -131,11 +132,15 @@ class Documents:
         return least
 
     def _count(self, draft: Draft, whole: Document, shorter: Document | None) -> None:
+        if draft.sample_id in self._met:
+            return
+        self._met.add(draft.sample_id)
         name = draft.sample_id.partition(":")[0]
         self.num_too_long[name] += 1
-        if self.num_too_long[name] == 1:
+        count = self.num_too_long[name]
+        if str(count).strip("0") == "1":  # the 1st, 10th, 100th, ...
             fate = f"shown with {len(shorter.frames)} of its {len(whole.frames)} frames" if shorter else "left out"
             log.warning(
-                "sample %s has %d tokens, data.seq_length is %d: it is %s, and others are alike (data.too_long=%s)",
-                draft.sample_id, len(whole.tokens), self.seq_length, fate, self.too_long,
+                "sample %s has %d tokens, data.seq_length is %d: it is %s (data.too_long=%s); %d of %s so far",
+                draft.sample_id, len(whole.tokens), self.seq_length, fate, self.too_long, count, name,
             )

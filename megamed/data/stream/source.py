@@ -14,14 +14,12 @@ from torch import Tensor
 
 from megamed.data.batch import Microbatch, pack
 from megamed.data.frames import FrameLoader
-from megamed.data.samples import FrameChoice, Message, StudyRef
 from megamed.data.source import Cost, HeldOutItem
-from megamed.data.store import VolumeStore
 from megamed.data.stream.balance import even_shares
 from megamed.data.stream.chat import ShownFrame
 from megamed.data.stream.datasets import DataSet, Draft
 from megamed.data.stream.documents import Documents
-from megamed.data.stream.facts import facts_of
+from megamed.data.stream.held_out import HeldOutSeries
 from megamed.data.stream.mixture import Mixture, Pick
 from megamed.data.stream.position import PlannedRow, Size, Stream, differences
 from megamed.utils import UserError
@@ -49,42 +47,6 @@ class StreamOptions:
     rows_per_block: int
     max_documents: int | None
     accept_changes: bool
-
-
-class HeldOutSeries:
-    """Questions about series that training never shows.
-
-    Args:
-        store: has them.
-        series: their names.
-        most_frames: shown with a question.
-        most_tokens: of a question with its frames.
-    """
-
-    def __init__(self, store: VolumeStore, series: Sequence[str], most_frames: int, most_tokens: int):
-        self.store, self.series = store, series
-        self.most_frames, self.most_tokens = most_frames, most_tokens
-
-    def items(self, documents: Documents, seed: int) -> list[HeldOutItem]:
-        """The questions, always the same."""
-        items = []
-        for number, series in enumerate(self.series):
-            items += self._about(documents, seed, number, series)
-        return [item for item in items if len(item.prompt_tokens) <= self.most_tokens]
-
-    def _about(self, documents: Documents, seed: int, number: int, series: str) -> list[HeldOutItem]:
-        info = self.store.record(series).info
-        study = StudyRef(series, frames=FrameChoice(at_most=self.most_frames))
-        shown = documents.shown(Draft("", (study,), (), (), lambda shown: ()))
-        frames = shown["studies"][0].frames
-        found = []
-        for asked in facts_of(info, frames, np.random.default_rng((seed, zlib.crc32(series.encode())))):
-            item_id = f"held-out:{number + 1}:{asked.qa.name}"
-            prompt = documents.writer.prompt([Message("user", f"<study>{asked.qa.question}")], shown, item_id)
-            found.append(HeldOutItem(
-                item_id, prompt.tokens, prompt.visual_positions, prompt.frames, asked.qa, asked.judge
-            ))
-        return found
 
 
 class StudySource:

@@ -18,19 +18,20 @@ from megamed.data.frames.loader import build_loader
 from megamed.data.samples import load
 from megamed.data.store import VolumeStore
 from megamed.data.stream.chat import ChatWriter
-from megamed.data.stream.datasets import DataSet, FactSamples, FileSamples, held_out_patients
+from megamed.data.stream.datasets import DataSet, FactSamples, FileSamples
 from megamed.data.stream.documents import Documents
-from megamed.data.stream.source import HeldOutSeries, StreamOptions, StudySource
+from megamed.data.stream.held_out import HeldOutSeries, held_out_patients
+from megamed.data.stream.source import StreamOptions, StudySource
 from megamed.data.tokenizer import TextTokenizer
 from megamed.utils import UserError
 
 log = logging.getLogger("megamed.data")
 
-# Series of the held-out part that are asked about; half a dozen questions each.
-HELD_OUT_SERIES = 24
+# Series of the held-out part that are asked about, half a dozen questions each, with so many frames.
+HELD_OUT_SERIES, HELD_OUT_FRAMES = 12, 16
 # Samples of each data set that are looked at before training begins, so that a wrong one is not met hours later.
 CHECKED = 2000
-# Frames of a fact sample and of a held-out question, unless data.frames.choice.at_most allows fewer.
+# Most frames of a fact sample, unless data.frames.choice.at_most allows fewer.
 FACT_FRAMES = 32
 
 
@@ -60,7 +61,7 @@ def build_studies(
         StreamOptions(
             config.seed, document_multiple, packing.rows_per_block, packing.max_documents, config.accept_changes
         ),
-        HeldOutSeries(store, held_out[:HELD_OUT_SERIES], _fact_frames(config), config.seq_length) if store else None,
+        HeldOutSeries(store, held_out[:HELD_OUT_SERIES], _most_frames(config, HELD_OUT_FRAMES)) if store else None,
         _settings(config, tokenizer, tokens_per_frame, document_multiple, held_out),
     )
     source.check(CHECKED)
@@ -76,7 +77,7 @@ def _split(store: VolumeStore | None, share: float) -> tuple[list[str], list[str
     chosen = held_out_patients(set(patients.values()), share)
     held_out = [series for series, patient in patients.items() if patient in chosen]
     training = [series for series, patient in patients.items() if patient not in chosen]
-    log.info("volume store of %d series of %d patients: %d to train on, %d of %d patients held out",
+    log.info("volume store: %d series of %d patients; %d series to train on, %d of %d patients held out",
              len(patients), len(set(patients.values())), len(training), len(held_out), len(chosen))
     if share and not chosen:
         log.warning("all series are of one patient: nothing is held out, whatever data.held_out=%g says", share)
@@ -101,13 +102,14 @@ def _open(
                         "path of a JSON Lines file", everywhere=True)
     if entry.path == FACTS:
         assert store is not None
-        return FactSamples(entry.name, store, training, config.seed, config.questions, _fact_frames(config))
+        return FactSamples(entry.name, store, training, config.seed, config.questions,
+                           _most_frames(config, FACT_FRAMES))
     path = _reports(config.store) if entry.path == REPORTS else Path(entry.path).expanduser()
     return FileSamples(entry.name, load(path), store, frozenset(held_out))
 
 
-def _fact_frames(config: DataConfig) -> int:
-    return min(FACT_FRAMES, config.frames.choice.at_most or FACT_FRAMES)
+def _most_frames(config: DataConfig, count: int) -> int:
+    return min(count, config.frames.choice.at_most or count)
 
 
 def _loader(config: DataConfig, image_size: int) -> FrameLoader:

@@ -10,6 +10,7 @@ import torch
 
 from megamed.data import DatasetConfig, MicrobatchSource
 from megamed.data.fmri.source import FmriSource
+from megamed.data.stream.held_out import held_out_patients
 from megamed.utils import UserError
 from megamed.utils.optional import optional_import
 from tests.data.stream.studies import (
@@ -113,6 +114,23 @@ def test_held_out_questions(folder):
         assert TOKENIZER.decode(item.prompt_tokens).endswith(f"{item.qa.question}\nassistant\n")
         assert made.load_frames(item.frames[:1]).shape == (1, 3, SIZE, SIZE)
     assert source(config(folder / "store", held_out=0.0)).held_out() == []
+
+
+def test_held_out_patients_are_chosen_by_themselves():
+    patients = {f"{number:020x}" for number in range(2000)}
+    chosen = held_out_patients(patients, 0.1)
+    assert 0.08 < len(chosen) / 2000 < 0.12
+    some = set(sorted(patients)[:700])
+    assert held_out_patients(some, 0.1) == chosen & some  # whoever else is there
+    for few in ({"a", "b"}, {"a", "b", "c"}):
+        assert all(1 <= len(held_out_patients(few, share)) < len(few) for share in (0.01, 0.5, 0.99))
+    assert held_out_patients({"a"}, 0.5) == held_out_patients(patients, 0.0) == set()
+
+
+def test_held_out_questions_leave_room_for_the_answer(folder):
+    items = source(config(folder / "store", held_out=0.6, seq_length=400)).held_out()
+    assert max(len(item.prompt_tokens) for item in items) <= 300
+    assert {"num_slices", "order"} <= {item.qa.name for item in items}
 
 
 def test_one_patient_is_trained_on(tmp_path, caplog):
