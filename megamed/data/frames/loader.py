@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,14 +100,17 @@ class NumpyLoader:
     def load(self, frames: Sequence[StudyFrame], seeds: Seeds = None) -> Tensor:
         """See `FrameLoader.load`."""
         size = self._size
-        frames_NCHW = torch.empty(len(frames), 3, size, size, pin_memory=self._pinned)
+        shape_NCHW = (len(frames), 3, size, size)
+        # NumPy asks for huge pages, which are there sooner than small ones.
+        frames_NCHW = torch.empty(shape_NCHW, pin_memory=True) if self._pinned else torch.from_numpy(
+            np.empty(shape_NCHW, np.float32))
         array_NCHW = frames_NCHW.numpy()
 
         def make(index: int) -> None:
             frame = frames[index]
             change = augmentation_of(self._config.augment, frame, seeds[index] if seeds else None, size)
             raw = self._reader.read(frame, self._margin)
-            reference.pixels(raw, size, self._config.interpolation, change, array_NCHW[index])
+            reference.pixels(raw, self._config.interpolation, change, array_NCHW[index])
 
         with self._lock:
             self._reader.expect(frames)

@@ -19,6 +19,7 @@ Shape suffixes: N frames, P planes (1 or 3), C channels, H and W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -99,59 +100,48 @@ def _blocks(
     return tuple(blocks)
 
 
-def windowed(raw: RawFrame) -> np.ndarray:
-    """Planes with values from 0 to 1, float32 [P, H, W]."""
-    values = raw.voxels_CHW.astype(np.float32, copy=False)
-    planes = np.empty((len(raw.windows), *values.shape[1:]), np.float32)
-    with np.errstate(over="ignore"):  # the smallest float32, which stands beside the picture
-        for index, (low, high) in enumerate(raw.windows):
-            plane, scale = planes[index], 1 / (high - low)
-            np.multiply(values[min(index, len(values) - 1)], np.float32(scale), out=plane)
-            plane += np.float32(-low * scale)
-            np.clip(plane, 0, 1, out=plane)
-    return planes
-
-
-def resized(planes_PHW: np.ndarray, raw: RawFrame, size: int, interpolation: Interpolation) -> np.ndarray:
-    """The box of a frame, float32 [P, size, size]."""
-    top, left, height, width = raw.box
-    num_planes, rows, columns = planes_PHW.shape
-    vertical = _blocks(rows, top, height, size, interpolation)
-    horizontal = _blocks(columns, left, width, size, interpolation)
-    half = np.empty((size, columns), np.float32)
-    whole_PHW = np.empty((num_planes, size, size), np.float32)
-    for plane_HW, out_HW in zip(planes_PHW, whole_PHW, strict=True):
-        for block in vertical:
-            np.matmul(block.weights, plane_HW[block.taken], out=half[block.out])
-        for block in horizontal:
-            np.matmul(half[:, block.taken], block.weights.T, out=out_HW[:, block.out])
-    if interpolation == "cubic":
-        np.clip(whole_PHW, 0, 1, out=whole_PHW)
-    return whole_PHW
-
-
 def pixels(
-    raw: RawFrame,
-    size: int,
-    interpolation: Interpolation,
-    augmentation: Augmentation | None = None,
-    out_CHW: np.ndarray | None = None,
-) -> np.ndarray:
-    """A frame, normalised, float32 [3, size, size].
+    raw: RawFrame, interpolation: Interpolation, augmentation: Augmentation | None, out_CHW: np.ndarray
+) -> None:
+    """Make a frame, normalised.
 
     Args:
         raw: what was read of it.
-        size: edge in pixels.
         interpolation: the kernel.
         augmentation: how it is changed; None for not at all.
-        out_CHW: where to write it; a new array where left out.
+        out_CHW: where it is written, float32 [3, size, size].
     """
-    planes_PHW = resized(windowed(raw), raw, size, interpolation)
+    planes = _planes(raw, out_CHW.shape[1], interpolation)
     if augmentation is not None:
-        planes_PHW = augmentation.apply(planes_PHW)
-    frame_CHW = np.empty((3, size, size), np.float32) if out_CHW is None else out_CHW
-    for channel in range(3):
-        np.multiply(planes_PHW[min(channel, len(planes_PHW) - 1)], np.float32(NORMAL_SCALE[channel]),
-                    out=frame_CHW[channel])
-        frame_CHW[channel] += np.float32(NORMAL_SHIFT[channel])
-    return frame_CHW
+        planes = iter(augmentation.apply(np.stack([plane_HW.copy() for plane_HW in planes])))
+    scaled_HW = np.empty(out_CHW.shape[1:], np.float32)
+    plane_HW = next(planes)
+    for channel_HW, scale, shift in zip(out_CHW, NORMAL_SCALE, NORMAL_SHIFT, strict=True):
+        np.multiply(plane_HW, np.float32(scale), out=scaled_HW)
+        np.add(scaled_HW, np.float32(shift), out=channel_HW)
+        plane_HW = next(planes, plane_HW)  # of one plane, all channels are made
+
+
+def _planes(raw: RawFrame, size: int, interpolation: Interpolation) -> Iterator[np.ndarray]:
+    """Each plane from 0 to 1, [size, size]; the next one takes its memory, so that a processor's cache holds all."""
+    values_CHW = raw.voxels_CHW.astype(np.float32, copy=False)
+    num_rows, num_columns = values_CHW.shape[1:]
+    top, left, height, width = raw.box
+    vertical = _blocks(num_rows, top, height, size, interpolation)
+    horizontal = _blocks(num_columns, left, width, size, interpolation)
+    whole_HW = np.empty((num_rows, num_columns), np.float32)
+    half_HW = np.empty((size, num_columns), np.float32)
+    plane_HW = np.empty((size, size), np.float32)
+    for index, (low, high) in enumerate(raw.windows):
+        scale = 1 / (high - low)
+        with np.errstate(over="ignore"):  # the smallest float32, which stands beside the picture
+            np.multiply(values_CHW[min(index, len(values_CHW) - 1)], np.float32(scale), out=whole_HW)
+        np.add(whole_HW, np.float32(-low * scale), out=whole_HW)
+        np.clip(whole_HW, 0, 1, out=whole_HW)
+        for block in vertical:
+            np.matmul(block.weights, whole_HW[block.taken], out=half_HW[block.out])
+        for block in horizontal:
+            np.matmul(half_HW[:, block.taken], block.weights.T, out=plane_HW[:, block.out])
+        if interpolation == "cubic":  # its kernel overshoots
+            np.clip(plane_HW, 0, 1, out=plane_HW)
+        yield plane_HW
