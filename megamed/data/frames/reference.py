@@ -11,7 +11,7 @@ is the input's length over the output's, and is the mean of the input's pixels a
 are DALI's definitions; Pillow and torch (antialias=True) have the same but leave out what is beyond the edge, so they
 differ there and only there.
 
-An axis is resized as a product with a band matrix, cut into blocks of `_BLOCK` rows: small dense products, for which
+An axis is resized as a product with a band matrix, cut into blocks along its diagonal: small dense products, for which
 BLAS runs at full speed on one thread, some ten times as fast as a loop over pixels.
 
 Shape suffixes: N frames, P planes (1 or 3), C channels, H and W pixels.
@@ -19,6 +19,8 @@ Shape suffixes: N frames, P planes (1 or 3), C channels, H and W pixels.
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,7 +30,7 @@ import numpy as np
 
 from megamed.data.frames.augment import Augmentation
 from megamed.data.frames.raw import RawFrame
-from megamed.data.frames.spec import IMAGENET_MEAN, IMAGENET_STD
+from megamed.data.frames.spec import IMAGENET_MEAN, IMAGENET_STD, Window
 
 Interpolation = Literal["cubic", "linear"]
 
@@ -37,7 +39,8 @@ REACH = {"cubic": 2, "linear": 1}
 NORMAL_SCALE = tuple(1 / std for std in IMAGENET_STD)
 NORMAL_SHIFT = tuple(-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
 
-_BLOCK = 16
+# Of a block; and what a call of BLAS costs, in multiplications of weights with rows of pixels.
+_MOST_ROWS, _CALL = 32, 100
 
 
 def margin(length: float, size: int, interpolation: Interpolation) -> int:
@@ -77,27 +80,55 @@ def resize_matrix(num_in: int, start: float, length: float, num_out: int, interp
 
 
 @dataclass(frozen=True, eq=False)
-class _Block:
-    """Rows `out` of a resize matrix, of which only the columns `taken` are not 0."""
+class _Band:
+    """A resize matrix as blocks around its diagonal.
 
-    out: slice
-    taken: slice
+    Attributes:
+        weights: float32 [blocks, rows of the output, pixels of the input].
+        start: pixel of the input at which block 0 begins, counted from the rim.
+        step: pixels of the input from block to block.
+        before, after: pixels of the rim, which the first and the last blocks take in with weight 0.
+    """
+
     weights: np.ndarray
+    start: int
+    step: int
+    before: int
+    after: int
+
+    @property
+    def num_out(self) -> int:
+        """Pixels of the output, those included that fill up the last block."""
+        return self.weights.shape[0] * self.weights.shape[1]
 
 
 @lru_cache(maxsize=512)
-def _blocks(
-    num_in: int, start: float, length: float, num_out: int, interpolation: Interpolation
-) -> tuple[_Block, ...]:
+def _band(num_in: int, start: float, length: float, num_out: int, interpolation: Interpolation) -> _Band:
+    """The blocks of the size for which the products are cheapest."""
     matrix = resize_matrix(num_in, start, length, num_out, interpolation)
-    blocks = []
-    for first in range(0, num_out, _BLOCK):
-        rows = matrix[first : first + _BLOCK]
-        used = np.flatnonzero(rows.any(axis=0))
-        taken = slice(int(used[0]), int(used[-1]) + 1)
-        weights = np.ascontiguousarray(rows[:, taken], dtype=np.float32)
-        blocks.append(_Block(slice(first, first + len(rows)), taken, weights))
-    return tuple(blocks)
+    used = matrix != 0
+    firsts, lasts = used.argmax(axis=1), num_in - used[:, ::-1].argmax(axis=1)
+    best: tuple[float, int, int, int, int] | None = None
+    for rows in range(1, min(_MOST_ROWS, num_out) + 1):
+        starts = np.arange(0, num_out, rows)
+        low, high = np.minimum.reduceat(firsts, starts), np.maximum.reduceat(lasts, starts)
+        for step in {math.floor(rows * length / num_out), math.ceil(rows * length / num_out)}:
+            along = step * np.arange(len(starts))
+            first, last = int((low - along).min()), int((high - along).max())
+            cost = len(starts) * (rows * (last - first) + _CALL)
+            if best is None or cost < best[0]:
+                best = (cost, rows, step, first, last)
+    assert best is not None
+    _, rows, step, first, last = best
+    num_blocks, width = -(-num_out // rows), last - first
+    before, after = max(0, -first), max(0, (num_blocks - 1) * step + last - num_in)
+    padded = np.zeros((num_blocks * rows, before + num_in + after), np.float32)
+    padded[:num_out, before : before + num_in] = matrix
+    weights = np.stack([
+        padded[block * rows : (block + 1) * rows, block * step + first + before :][:, :width]
+        for block in range(num_blocks)
+    ])
+    return _Band(weights, first + before, step, before, after)
 
 
 def pixels(
@@ -111,37 +142,89 @@ def pixels(
         augmentation: how it is changed; None for not at all.
         out_CHW: where it is written, float32 [3, size, size].
     """
-    planes = _planes(raw, out_CHW.shape[1], interpolation)
+    windows, planes = raw.windows, _planes(raw, out_CHW.shape[1], interpolation)
     if augmentation is not None:
-        planes = iter(augmentation.apply(np.stack([plane_HW.copy() for plane_HW in planes])))
-    scaled_HW = np.empty(out_CHW.shape[1:], np.float32)
-    plane_HW = next(planes)
-    for channel_HW, scale, shift in zip(out_CHW, NORMAL_SCALE, NORMAL_SHIFT, strict=True):
-        np.multiply(plane_HW, np.float32(scale), out=scaled_HW)
-        np.add(scaled_HW, np.float32(shift), out=channel_HW)
-        plane_HW = next(planes, plane_HW)  # of one plane, all channels are made
+        shown = [_scaled(plane_HW, window) for plane_HW, window in zip(planes, windows, strict=True)]
+        planes, windows = iter(augmentation.apply(np.stack(shown))), ((0.0, 1.0),) * len(windows)
+    made_HW = np.empty(out_CHW.shape[1:], np.float32)
+    for channel, (scale, shift) in enumerate(zip(NORMAL_SCALE, NORMAL_SHIFT, strict=True)):
+        if channel < len(windows):  # of one plane, all channels are made
+            (low, high), plane_HW = windows[channel], next(planes)
+        # From the window to 0 to 1 and to the normalised frame in one.
+        np.multiply(plane_HW, np.float32(scale / (high - low)), out=made_HW)
+        np.add(made_HW, np.float32(shift - low * scale / (high - low)), out=out_CHW[channel])
+
+
+def _scaled(plane_HW: np.ndarray, window: Window) -> np.ndarray:
+    low, high = window
+    return np.clip((plane_HW - np.float32(low)) * np.float32(1 / (high - low)), 0, 1)
 
 
 def _planes(raw: RawFrame, size: int, interpolation: Interpolation) -> Iterator[np.ndarray]:
-    """Each plane from 0 to 1, [size, size]; the next one takes its memory, so that a processor's cache holds all."""
-    values_CHW = raw.voxels_CHW.astype(np.float32, copy=False)
-    num_rows, num_columns = values_CHW.shape[1:]
+    """Each plane within its window, in the units of the voxels, [size, size]; the next one takes its memory.
+
+    Weights add up to 1, so values may be brought from the window to 0 to 1 after they are resized, of which there are
+    fewer.
+    """
+    channels_CHW = raw.voxels_CHW
+    num_rows, num_columns = channels_CHW.shape[1:]
     top, left, height, width = raw.box
-    vertical = _blocks(num_rows, top, height, size, interpolation)
-    horizontal = _blocks(num_columns, left, width, size, interpolation)
-    whole_HW = np.empty((num_rows, num_columns), np.float32)
-    half_HW = np.empty((size, num_columns), np.float32)
-    plane_HW = np.empty((size, size), np.float32)
+    bands = _band(num_rows, top, height, size, interpolation), _band(num_columns, left, width, size, interpolation)
+    space = getattr(_own, "space", None)
+    if space is None or (space.vertical, space.horizontal) != bands:
+        space = _Workspace(num_rows, num_columns, size, *bands)
+        _own.space = space if num_rows * num_columns <= _KEPT_PIXELS else None
     for index, (low, high) in enumerate(raw.windows):
-        scale = 1 / (high - low)
-        with np.errstate(over="ignore"):  # the smallest float32, which stands beside the picture
-            np.multiply(values_CHW[min(index, len(values_CHW) - 1)], np.float32(scale), out=whole_HW)
-        np.add(whole_HW, np.float32(-low * scale), out=whole_HW)
-        np.clip(whole_HW, 0, 1, out=whole_HW)
-        for block in vertical:
-            np.matmul(block.weights, whole_HW[block.taken], out=half_HW[block.out])
-        for block in horizontal:
-            np.matmul(half_HW[:, block.taken], block.weights.T, out=plane_HW[:, block.out])
+        if index < len(channels_CHW):
+            space.values_HW[...] = channels_CHW[index]
+        yield space.plane(low, high, interpolation)
+
+
+# Each thread's workspace for the last size of picture: memory that is taken anew for every frame costs as much as the
+# arithmetic. That of large pictures is let go: a thread would keep a hundred MB for a mammogram.
+_own = threading.local()
+_KEPT_PIXELS = 1 << 20
+
+
+class _Workspace:
+    """Memory for one plane's way from voxels to pixels, small enough to stay in a processor's cache.
+
+    Args:
+        num_rows, num_columns: of the voxels.
+        size: edge of the plane.
+        vertical, horizontal: the resize matrices.
+    """
+
+    def __init__(self, num_rows: int, num_columns: int, size: int, vertical: _Band, horizontal: _Band):
+        self.vertical, self.horizontal = vertical, horizontal
+        self.values_HW = np.empty((num_rows, num_columns), np.float32)
+        whole_HW = np.zeros((vertical.before + num_rows + vertical.after, num_columns), np.float32)
+        half_HW = np.zeros((vertical.num_out, horizontal.before + num_columns + horizontal.after), np.float32)
+        plane_HW = np.empty((size, horizontal.num_out), np.float32)
+        columns = slice(horizontal.before, horizontal.before + num_columns)
+        self._clipped_HW = whole_HW[vertical.before : vertical.before + num_rows]
+        self._plane_HW = plane_HW[:, :size]
+        # Blocks, as views: [blocks, rows, columns].
+        self._taken_by_rows = _windows(whole_HW, vertical, axis=0)
+        self._half = half_HW[:, columns].reshape(*vertical.weights.shape[:2], num_columns)
+        self._taken_by_columns = _windows(half_HW[:size], horizontal, axis=1)
+        self._plane = plane_HW.reshape(size, *horizontal.weights.shape[:2]).transpose(1, 0, 2)
+
+    def plane(self, low: float, high: float, interpolation: Interpolation) -> np.ndarray:
+        """`values_HW` within a window, resized."""
+        np.clip(self.values_HW, np.float32(low), np.float32(high), out=self._clipped_HW)
+        np.matmul(self.vertical.weights, self._taken_by_rows, out=self._half)
+        np.matmul(self._taken_by_columns, self.horizontal.weights.transpose(0, 2, 1), out=self._plane)
         if interpolation == "cubic":  # its kernel overshoots
-            np.clip(plane_HW, 0, 1, out=plane_HW)
-        yield plane_HW
+            np.clip(self._plane_HW, np.float32(low), np.float32(high), out=self._plane_HW)
+        return self._plane_HW
+
+
+def _windows(values_HW: np.ndarray, band: _Band, axis: int) -> np.ndarray:
+    """What each block of a band takes in along an axis, [blocks, H, W], as a view."""
+    num_blocks, _, width = band.weights.shape
+    shape = [num_blocks, *values_HW.shape]
+    shape[1 + axis] = width
+    strides = (band.step * values_HW.strides[axis], *values_HW.strides)
+    first = values_HW[band.start :] if axis == 0 else values_HW[:, band.start :]
+    return np.lib.stride_tricks.as_strided(first, shape, strides)
