@@ -120,7 +120,8 @@ def inspect(store: "VolumeStore", args: argparse.Namespace) -> int:
         try:
             count = contact_sheet(store, args.sheet)
         except OSError as error:
-            raise UserError(f"{args.sheet}: cannot be written ({error.strerror or error}); give another file") from error
+            reason = error.strerror or error
+            raise UserError(f"{args.sheet}: cannot be written ({reason}); give another file") from error
         print(f"{args.sheet} shows {count:,} series")
     return 0
 
