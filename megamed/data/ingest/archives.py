@@ -130,15 +130,23 @@ class Unpacker:
         with _refusing(), self._member(chain, name) as source, open(target, "wb") as file:
             _copy(source, file, self._file_bytes)
 
+    def has(self, chain: Chain, name: str) -> bool:
+        """Whether an archive has a member of that name."""
+        archive = self._archive(chain)
+        try:
+            if isinstance(archive, zipfile.ZipFile):
+                archive.getinfo(name)
+            else:
+                _tar_member(archive, name)
+        except KeyError:
+            return False
+        return True
+
     def _member(self, chain: Chain, name: str) -> IO[bytes]:
         archive = self._archive(chain)
         if isinstance(archive, zipfile.ZipFile):
             return archive.open(name)
-        try:
-            info = archive.getmember(name)
-        except KeyError:
-            info = archive.getmember(f"./{name}")
-        source = archive.extractfile(info)
+        source = archive.extractfile(_tar_member(archive, name))
         if source is None:
             raise tarfile.TarError("no file")
         return source
@@ -211,6 +219,13 @@ def _tar_entries(archive: tarfile.TarFile) -> Iterator[_Entry]:
         if not info.isdir():
             refusal = None if info.isreg() and not info.issparse() else _no_file()
             yield _Entry(info.name.removeprefix("./"), info.size, info.size, refusal)
+
+
+def _tar_member(archive: tarfile.TarFile, name: str) -> tarfile.TarInfo:
+    try:
+        return archive.getmember(name)
+    except KeyError:
+        return archive.getmember(f"./{name}")
 
 
 def _check_name(name: str) -> Refusal | None:

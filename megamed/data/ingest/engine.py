@@ -21,12 +21,14 @@ from megamed.data.ingest.journal import Journal, Line, Place
 from megamed.data.ingest.options import Limits, Outcome, memory_to_use
 from megamed.data.ingest.pool import Ended, Item, NoSpace, Pool, Task
 from megamed.data.ingest.progress import Progress
+from megamed.data.ingest.samples import read_reports, write_samples
 from megamed.data.ingest.scan import Scan
 from megamed.data.ingest.sources import Walk, roots
 from megamed.data.ingest.tasks import Grouped, Planned, ReadOrder, files_of
 from megamed.data.privacy import Pseudonyms
 from megamed.data.privacy.keys import load_or_create_key, private_folder
 from megamed.data.readers import Refusal
+from megamed.data.reports import Report
 from megamed.data.store import StoreWriter, VolumeStore
 from megamed.data.store.index import folder_of, replace, series_folders
 from megamed.data.store.record import read_record
@@ -106,7 +108,8 @@ class _Ingest:
         self.private = private_folder(out)
         self.private.mkdir(mode=0o700, exist_ok=True)
         self.key = self._key(Path(key) if key else self.private / "project.key")
-        self.dates, self.limits = dates, limits
+        self.pseudonyms = Pseudonyms(self.key, dates)
+        self.limits = limits
         self.num_bytes = limits.num_bytes or memory_to_use()
         self.temporary = self.private / "tmp"
         self.rows: list[quarantine.Row] = []
@@ -114,12 +117,14 @@ class _Ingest:
 
     def run(self, workers: int, readers: Sequence[str], progress: bool) -> Outcome:
         with ExitStack() as stack:
-            self.writer = stack.enter_context(StoreWriter(self.store))
+            writing = stack.enter_context(ExitStack())
+            self.writer = writing.enter_context(StoreWriter(self.store))
             archives.clear(self.temporary)
             self.temporary.mkdir()
             stack.callback(archives.clear, self.temporary)
-            check = Pseudonyms(self.key, self.dates).provenance(b"journal")[:16]
-            self.journal = stack.enter_context(Journal(self.private / "scan.jsonl", self._stamp(readers), check))
+            self.journal = stack.enter_context(
+                Journal(self.private / "scan.jsonl", self._stamp(readers), self.pseudonyms.fingerprint())
+            )
             self.pool = stack.enter_context(Pool(
                 workers, "megamed.data.ingest.tasks:Toolbox", self._toolbox(readers), self.num_bytes,
                 {"TMPDIR": str(self.temporary)},
@@ -135,7 +140,12 @@ class _Ingest:
             plans = _Plans(spool)
             self._group(plans)
             self._read(plans, progress)
-        return self._finish()
+            reports, rows, tracebacks = read_reports(self.pool, self.files, self.limits.seconds, self.each)
+            self.rows += rows
+            self._log(tracebacks)
+            self.pool.close()
+            writing.close()
+            return self._finish(plans, reports)
 
     def _group(self, plans: _Plans) -> None:
         """Turn the headers of each bucket into series to read."""
@@ -258,12 +268,15 @@ class _Ingest:
             others = Refusal("series-refused", f"its series is refused for {guilty}: {refusal.reason}", refusal.mend)
         self.rows += [quarantine.row(path, refusal if path == guilty else others) for path in paths]
 
-    def _finish(self) -> Outcome:
-        """Count, and write the tables."""
-        outcome = self.outcome
+    def _finish(self, plans: _Plans, reports: list[Report]) -> Outcome:
+        """Write samples and tables, and count."""
+        outcome, store = self.outcome, VolumeStore(self.store.root)
+        files = ((path, planned.name) for planned in plans for path in files_of(planned))
+        outcome.samples, rows = write_samples(store, reports, files, self.pseudonyms)
+        self.rows += rows
         outcome.files, outcome.ignored = self.files.num_files, self.files.num_ignored
         outcome.refused = dict(sorted(quarantine.write(self.private, self.rows, self.roots).items()))
-        table = VolumeStore(self.store.root).index.table
+        table = store.index.table
         outcome.studies = len(set(table["study"].to_pylist()) - {""})
         outcome.series = len(table)
         outcome.frames = sum(
@@ -273,7 +286,7 @@ class _Ingest:
         outcome.num_bytes = sum(table["num_bytes"].to_pylist())
         _write_summary(self.store.root, outcome)
         outcome.seconds = time.monotonic() - self.began
-        if not outcome.new_series + outcome.known_series:
+        if not outcome.new_series + outcome.known_series + (len(reports) - len(rows)):
             raise UserError(
                 f"nothing in the sources is of use: {outcome.files:,} files, of which {len(set(self.rows)):,} are "
                 f"refused; see {outcome.quarantine}"
@@ -288,17 +301,18 @@ class _Ingest:
 
     def _toolbox(self, readers: Sequence[str]) -> dict[str, object]:
         return {
-            "readers": list(readers), "key": self.key.hex(), "dates": self.dates, "store": str(self.store.root),
-            "journal": str(self.private / "scan.jsonl"), "folder": str(self.temporary),
-            "file_bytes": self.limits.file_bytes,
+            "readers": list(readers), "key": self.key.hex(), "dates": self.pseudonyms.dates,
+            "store": str(self.store.root), "journal": str(self.private / "scan.jsonl"),
+            "folder": str(self.temporary), "file_bytes": self.limits.file_bytes,
         }  # fmt: skip
 
     def _stamp(self, readers: Sequence[str]) -> str:
-        """What the journal's lines depend on beside the files: which readers, in which version, and the options."""
-        digest = hashlib.sha256(repr((megamed.__version__, list(readers), self.dates)).encode())
+        """What the journal's lines depend on beside the files: which readers there are, and in which version."""
+        digest = hashlib.sha256(repr((megamed.__version__, list(readers))).encode())
         data = Path(__file__).resolve().parents[1]
-        for path in sorted([*data.glob("readers/**/*.py"), *data.glob("privacy/*.py"), data / "ingest" / "tasks.py"]):
-            digest.update(path.read_bytes())
+        for folder in ("readers", "reports", "privacy", "ingest"):
+            for path in sorted(data.glob(f"{folder}/**/*.py")):
+                digest.update(path.read_bytes())
         return digest.hexdigest()[:16]
 
     def _log(self, tracebacks: Iterable[str]) -> None:

@@ -48,7 +48,7 @@ class Journal:
     Args:
         path: the file.
         stamp: of the readers and options.
-        key_check: of the project's key.
+        key_check: of the project's key and its treatment of dates.
 
     Raises:
         UserError: the journal belongs to another key.
@@ -143,8 +143,8 @@ class Journal:
                 if number == 0:
                     if values.get("key", head["key"]) != head["key"]:
                         raise UserError(
-                            f"{self.path.parent} belongs to another project key; give the key that its store was "
-                            "made with by --key FILE, or make a new store"
+                            f"{self.path.parent} belongs to another project key, or to another choice of --dates; "
+                            "give those that its store was made with, or make a new store"
                         )
                     if values != head:
                         return 0

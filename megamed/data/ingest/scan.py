@@ -31,12 +31,14 @@ class Files:
             and lengths in turn.
         chains: of archives, by path.
         rows: files that are refused.
+        reports: files that hold reports.
         num_files, num_ignored: as in `Outcome`.
     """
 
     buckets: dict[str, array[int]] = field(default_factory=dict)
     chains: dict[str, Chain] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+    reports: list[str] = field(default_factory=list)
     num_files: int = 0
     num_ignored: int = 0
 
@@ -188,7 +190,9 @@ class Scan:
             self.files.rows.append(row(path, Refusal(*line["refusal"])))
         elif line["kind"] == "index":
             self._indexes.append((path, line["references"]))
-        else:
+        elif line["kind"] == "report":
+            self.files.reports.append(path)
+        elif line["kind"] == "archive":
             self.files.chains[path] = _chain(spot, line)
             self.files.rows += [row(f"{path}/{name}", Refusal(*why)) for name, why in line["refused"]]
             self._count(len(line["refused"]))

@@ -14,21 +14,34 @@ import os
 import pickle
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+from megamed.data import reports
 from megamed.data.ingest.archives import Chain, Member, Unpacker, kind_of
 from megamed.data.ingest.journal import Line, Place, read_line
 from megamed.data.ingest.sources import Found, is_index_name, unreadable
 from megamed.data.privacy import Pseudonyms
 from megamed.data.readers import FileHeader, Grouping, Identity, Reader, Refusal, SeriesPlan
+from megamed.data.reports import Reading
 from megamed.data.store import series_id, write_series
 
 HEAD_BYTES = 1024
 
+# What a NIfTI file may need beside it, by the end of the names: the rest of the name is the same.
+_NIFTI = (".nii", ".nii.gz", ".hdr", ".hdr.gz", ".img", ".img.gz")
+_BESIDE = (".hdr", ".hdr.gz", ".img", ".img.gz", ".json", ".bval")
+# Of these, the ones that are no image; with what nobody reads but belongs there.
+_SIDECARS = (".json", ".bval", ".bvec")
+_REPORTS_A_MESSAGE = 500
+
 _INDEX_CLASS = b"1.2.840.10008.1.3.10"
+
+
+Packed = dict[str, tuple[Chain, str]]
+"""Files by path: the archive that each lies in, and its name there; an empty chain for none."""
 
 
 class Spot(NamedTuple):
@@ -42,7 +55,7 @@ class Spot(NamedTuple):
 class Seen(NamedTuple):
     """What a file is: its line of the journal, and what the ingest itself needs of it."""
 
-    kind: Literal["series", "refused", "index", "archive"]
+    kind: Literal["series", "refused", "index", "archive", "report", "sidecar"]
     bucket: str
     text: bytes
 
@@ -73,10 +86,10 @@ class Grouped(NamedTuple):
 
 
 class ReadOrder(NamedTuple):
-    """A series to read, and where its files lie in archives: by path, the chain and the name there."""
+    """A series to read, where its files lie in archives, and a name for a temporary folder."""
 
     planned: Planned
-    packed: dict[str, tuple[Chain, str]]
+    packed: Packed
     folder: str
 
 
@@ -133,7 +146,7 @@ class Toolbox:
         for spot in spots:
             with self._unpacked(name, {spot.found.path: (spot.chain, spot.member)}) as paths:
                 try:
-                    line = self._look(spot.found, paths.get(spot.found.path, Path(spot.found.path)))
+                    line = self._look(spot, paths.get(spot.found.path, Path(spot.found.path)))
                 except Refusal as refusal:
                     line = refused_line(refusal)
                 except OSError as error:
@@ -179,12 +192,27 @@ class Toolbox:
         shape = series.voxels_TSHW.shape
         yield Stored(str(folder), shape[0] * shape[1], series.voxels_TSHW.nbytes)
 
-    def _look(self, found: Found, path: Path) -> Line:
+    def read_reports(self, order: tuple[str, Packed, str]) -> Iterator[Reading]:
+        """The reports of a file, some at a time.
+
+        Args:
+            order: the file's path, where it lies, and the name of a temporary folder.
+        """
+        path, packed, name = order
+        with self._unpacked(name, packed) as paths:
+            reading = reports.read(paths.get(path, Path(path)), self._pseudonyms)
+        own = [replace(report, path=Path(path)) for report in reading.reports]
+        yield Reading([], reading.refused)
+        for first in range(0, len(own), _REPORTS_A_MESSAGE):
+            yield Reading(own[first : first + _REPORTS_A_MESSAGE], [])
+
+    def _look(self, spot: Spot, path: Path) -> Line:
         """What a file is, as the journal keeps it.
 
         Raises:
             Refusal: it cannot be used.
         """
+        found = spot.found
         if not found.size:
             raise Refusal("empty", "it has no content", "copy it again")
         if found.size > self._file_bytes:
@@ -201,7 +229,19 @@ class Toolbox:
                 header = reader.metadata(path, self._pseudonyms)
                 return {"kind": "series", "reader": reader.name, "identity": astuple(header.identity),
                         "facts": header.facts}
+        if reports.can_read(path, head):
+            return {"kind": "report"}
+        if self._is_sidecar(spot):
+            return {"kind": "sidecar"}
         raise Refusal("unknown-format", "it is of no format that is read", "convert it to DICOM, NIfTI or PNG")
+
+    def _is_sidecar(self, spot: Spot) -> bool:
+        """Whether a file says something of a NIfTI file beside it."""
+        stem, suffix = os.path.splitext(spot.member if spot.chain else spot.found.path)
+        if suffix not in _SIDECARS:
+            return False
+        images = [stem + suffix for suffix in _NIFTI]
+        return any(self._unpacker.has(spot.chain, image) if spot.chain else os.path.isfile(image) for image in images)
 
     def _group(self, headers: Sequence[FileHeader], lines: dict[str, Line]) -> Grouped:
         reader = self._readers[headers[0].reader]
@@ -210,21 +250,26 @@ class Toolbox:
         return Grouped(plans, [(os.fspath(header.path), refusal) for header, refusal in _complete(grouping, headers)])
 
     @contextmanager
-    def _unpacked(self, name: str, packed: dict[str, tuple[Chain, str]]) -> Iterator[dict[str, Path]]:
-        """Members of archives as files, for a while.
+    def _unpacked(self, name: str, packed: Packed) -> Iterator[dict[str, Path]]:
+        """Members of archives as files, for a while, with what they need beside them.
+
+        A reader may take from a path whose file it is, so that it has all of its folders below the temporary one.
 
         Args:
             name: of a temporary folder.
-            packed: by path, the chain and the name there; an empty chain is a file outside archives.
+            packed: files; those outside archives are passed over.
         """
         folder = self._folder / name
         paths: dict[str, Path] = {}
         try:
             for path, (chain, member) in packed.items():
                 if chain:
-                    beside = hashlib.sha256(os.fsencode(os.path.dirname(path))).hexdigest()[:16]
-                    paths[path] = folder / beside / os.path.basename(member)
+                    paths[path] = folder / path.lstrip("/")
                     self._unpacker.unpack(chain, member, paths[path])
+                    for beside in beside_of(member):
+                        if self._unpacker.has(chain, beside):
+                            target = paths[path].with_name(os.path.basename(beside))
+                            self._unpacker.unpack(chain, beside, target)
             yield paths
         finally:
             if paths:
@@ -270,9 +315,22 @@ def _unreadable(error: OSError) -> Refusal:
     return refusal
 
 
+def beside_of(name: str) -> list[str]:
+    """Names of other files that a reader may look at when it reads this one."""
+    suffix = next((suffix for suffix in _NIFTI if name.lower().endswith(suffix)), None)
+    if suffix is None:
+        return []
+    return [other for end in _BESIDE if (other := name[: -len(suffix)] + end) != name]
+
+
 def _planned(plan: SeriesPlan, lines: dict[str, Line]) -> Planned:
     files = [lines[os.fspath(header.path)] for header in plan.headers]
-    digest = hashlib.sha256(repr([(line["s"], line["m"]) for line in files]).encode()).hexdigest()[:16]
+    state = [(line["s"], line["m"]) for line in files]
+    for beside in (beside for line in files for beside in beside_of(line["f"])):
+        with suppress(OSError):  # it need not be there
+            status = os.stat(beside)
+            state.append((status.st_size, status.st_mtime_ns))
+    digest = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
     return Planned(series_id(plan), plan.num_voxels, digest, files[0]["f"], pickle.dumps(plan))
 
 
