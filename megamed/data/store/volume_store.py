@@ -1,9 +1,11 @@
 """Reading a volume store.
 
-    STORE/store.json                        what this is, and its version
+    STORE/store.json                        what this is, its version, how it was de-identified, and under which key
     STORE/series/ab/ab12.../voxels.npy      [T, S, H, W] (or [T, S, H, W, 3]), canonical orientation
     STORE/series/ab/ab12.../series.json     what is known of them
     STORE/index.parquet                     one row a series
+    STORE/samples.jsonl                     samples made of reports, where there are any
+    STORE/summary.json                      counts
     STORE/.unfinished/                      what is being written
     STORE/.lock                             held by who writes
 """
@@ -81,10 +83,29 @@ class VolumeStore:
                 raise UserError(f"{root} is a file; give the folder of a volume store") from None
             if any(not name.startswith(".") for name in os.listdir(folder)):
                 raise UserError(f"{root} is neither empty nor a volume store; give a new folder")
-            aside = folder / f".{_STORE_FILE}.{os.getpid()}"  # another process may be creating it, too
-            aside.write_text(json.dumps({"format": FORMAT, "version": VERSION}) + "\n")
-            index.replace(aside, folder / _STORE_FILE)
+            _write(folder, {"format": FORMAT, "version": VERSION})
         return cls(root)
+
+    def declare(self, deidentified: dict[str, object], key: str) -> None:
+        """Say in `store.json` how series are de-identified, the first time; later, see that it is still the same.
+
+        Args:
+            deidentified: `profile.declaration`.
+            key: `Pseudonyms.fingerprint`.
+
+        Raises:
+            UserError: the store was made in another way, or with another key.
+        """
+        values = json.loads((self.root / _STORE_FILE).read_bytes())
+        if "key" not in values:
+            _write(self.root, {**values, "deidentified": deidentified, "key": key})
+        elif (was := values["deidentified"]) != deidentified:
+            dates = {"dropped": "drop", "shifted": "shift"}[was["dates"]]
+            mend = f"ingest with --dates {dates}, or " if was["dates"] != deidentified["dates"] else ""
+            raise UserError(f"{self.root} was de-identified in another way; {mend}make a new store")
+        elif values["key"] != key:
+            raise UserError(f"{self.root} was made with another project key; give that one by --key FILE, or make a "
+                            "new store")
 
     @cached_property
     def index(self) -> Index:
@@ -138,6 +159,12 @@ class VolumeStore:
             faults.append(Fault("", f"{index.INDEX} lacks {missing} series and lists {gone} that are not there",
                                 f"delete {self.root / index.INDEX}"))
         return faults
+
+
+def _write(folder: Path, values: dict[str, object]) -> None:
+    aside = folder / f".{_STORE_FILE}.{os.getpid()}"  # another process may be creating it, too
+    aside.write_text(json.dumps(values) + "\n")
+    index.replace(aside, folder / _STORE_FILE)
 
 
 def _verify(folder: Path) -> tuple[int, Fault | None]:

@@ -275,3 +275,19 @@ def test_no_store_is_made_over_something_else(tmp_path):
     with pytest.raises(UserError, match="is not a volume store"):
         VolumeStore(tmp_path / "notes.txt" / "store")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_store_says_how_it_was_deidentified_and_stays_so(tmp_path):
+    shifted, dropped = ({"method": "by whitelist", "dates": dates} for dates in ("shifted", "dropped"))
+    ingest(tmp_path, {1: 2})
+    VolumeStore(tmp_path).declare(shifted, "one key")
+    VolumeStore(tmp_path).declare(shifted, "one key")
+    said = json.loads((tmp_path / "store.json").read_text())
+    assert said == {"format": "megamed-volume-store", "version": 1, "deidentified": shifted, "key": "one key"}
+    with pytest.raises(UserError, match="in another way; ingest with --dates shift, or make a new store"):
+        VolumeStore(tmp_path).declare(dropped, "another")
+    with pytest.raises(UserError, match="in another way; make a new store"):
+        VolumeStore(tmp_path).declare({**shifted, "method": "by hand"}, "one key")
+    with pytest.raises(UserError, match="with another project key; give that one by --key FILE, or make a new store"):
+        VolumeStore(tmp_path).declare(shifted, "another")
+    assert json.loads((tmp_path / "store.json").read_text()) == said and VolumeStore(tmp_path).verify() == []
