@@ -148,8 +148,9 @@ def _by_instance_number(places: Sequence[Place]) -> list[Volume]:
     if any(item.frame.instance is None for place in places for item in place.items) or any(
         count > 1 for place in places for count in Counter(item.frame.instance for item in place.items).values()
     ):
-        raise Refusal("unclear-order", "slices at one place without any sign of their order in time",
-                      "convert the series to NIfTI, for instance with dcm2niix")
+        raise Refusal("unclear-order", "several slices lie at one place with the same number and time: copies of one "
+                      "acquisition, or a run that does not say its order",
+                      "give one of the copies alone, or convert the run to NIfTI, for instance with dcm2niix")
     rising = [sorted(place.items, key=_instance) for place in places]
     if len({len(place) for place in rising}) == 1:
         return [[place[t] for place in rising] for t in range(len(rising[0]))]
