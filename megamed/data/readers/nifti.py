@@ -92,7 +92,8 @@ class NiftiReader:
         ordered = sorted(headers, key=lambda header: header.path)
         data = {header.path: header for header in ordered if header.facts["is_data"]}
         for header in [header for header in ordered if not header.facts["is_data"]]:
-            beside = data.pop(data_path_of(header.path) or header.path, None)
+            # Not on the disk: of what is in an archive the path alone is known here.
+            beside = data.pop(data_path_of(header.path, data.__contains__) or header.path, None)
             own = (header,) if beside is None else (header, beside)
             if header.identity.series in planned:
                 refusal = Refusal("duplicate", "the same file is there under another name", "keep one of them")

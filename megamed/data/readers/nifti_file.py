@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,14 +80,19 @@ def is_nifti(head: bytes) -> bool:
     return head[344:348] in _MAGIC_1 or head[4:12] in _MAGIC_2
 
 
-def data_path_of(header_path: Path) -> Path | None:
-    """The `.img` of a `.hdr`, whichever of the two is compressed and however they are spelt; None if there is none."""
-    return _sibling(header_path, ".hdr", ".img")
+def data_path_of(header_path: Path, is_there: Callable[[Path], bool] = Path.is_file) -> Path | None:
+    """The `.img` of a `.hdr`, whichever of the two is compressed and however they are spelt; None if there is none.
+
+    Args:
+        header_path: of the pair.
+        is_there: tells whether there is such a file.
+    """
+    return _sibling(header_path, ".hdr", ".img", is_there)
 
 
 def header_path_of(data_path: Path) -> Path | None:
     """The `.hdr` of an `.img`."""
-    return _sibling(data_path, ".img", ".hdr")
+    return _sibling(data_path, ".img", ".hdr", Path.is_file)
 
 
 def open_nifti(path: Path) -> NiftiFile:
@@ -305,13 +310,13 @@ def _is_compressed(path: Path) -> bool:
         return file.read(2) == b"\x1f\x8b"
 
 
-def _sibling(path: Path, own: str, other: str) -> Path | None:
+def _sibling(path: Path, own: str, other: str, is_there: Callable[[Path], bool]) -> Path | None:
     """The file beside it with another suffix."""
     name = path.name.removesuffix(".gz").removesuffix(".GZ")
     if not name.lower().endswith(own):
         return None
     stem = name[: -len(own)]
     for suffix in (other, other.upper(), f"{other}.gz"):
-        if (candidate := path.with_name(stem + suffix)).is_file():
+        if is_there(candidate := path.with_name(stem + suffix)):
             return candidate
     return None
