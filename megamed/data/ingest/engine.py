@@ -317,8 +317,9 @@ class _Ingest:
 
     def _log(self, tracebacks: Iterable[str]) -> None:
         """Keep what a reader raised by mistake, where nobody but the owner sees it."""
-        with open(self.private / "errors.log", "a") as file:
-            file.writelines(f"{text}\n" for text in tracebacks if text)
+        if texts := [f"{text}\n" for text in tracebacks if text]:
+            with open(self.private / "errors.log", "a") as file:
+                file.writelines(texts)
 
 
 class _Plans:

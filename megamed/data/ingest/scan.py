@@ -222,8 +222,8 @@ class Scan:
                 if not os.path.normpath(path).startswith(f"{folder}/"):
                     refusal = Refusal("outside-reference", "the medium's index names it, and it lies outside",
                                       "give its folder as a source, too")  # fmt: skip
-                elif self._journal.knows(path):
-                    continue
+                elif any(self._journal.knows(f"{above}/{reference}") for above in _folders(folder)):
+                    continue  # an index may lie further down than it was made for
                 else:  # a medium's names are capitals, which some systems show in small letters
                     folded = folded or set(map(str.casefold, self._journal.paths()))
                     if path.casefold() in folded:
@@ -231,6 +231,13 @@ class Scan:
                     refusal = Refusal("missing-reference", "the medium's index names it, and it is not there",
                                       "copy the whole medium")  # fmt: skip
                 self.files.rows.append(row(path, refusal))
+
+
+def _folders(folder: str) -> Iterator[str]:
+    """A folder, and those that it lies in."""
+    while folder:
+        yield folder
+        folder = folder.rpartition("/")[0]
 
 
 def _chain(spot: Spot, line: Line) -> Chain:

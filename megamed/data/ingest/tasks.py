@@ -37,7 +37,8 @@ _BESIDE = (".hdr", ".hdr.gz", ".img", ".img.gz", ".json", ".bval")
 _SIDECARS = (".json", ".bval", ".bvec")
 _REPORTS_A_MESSAGE = 500
 
-_INDEX_CLASS = b"1.2.840.10008.1.3.10"
+# The class of an index of a medium, with the start of the element behind it, as the meta information has it.
+_INDEX_CLASS = b"1.2.840.10008.1.3.10\x02\0"
 
 
 Packed = dict[str, tuple[Chain, str]]
@@ -143,15 +144,17 @@ class Toolbox:
             order: the files, and the name of a temporary folder that nobody else uses.
         """
         spots, name = order
-        for spot in spots:
-            with self._unpacked(name, {spot.found.path: (spot.chain, spot.member)}) as paths:
+        with self._temporary(name) as folder:
+            for spot in spots:
+                path = spot.found.path
                 try:
-                    line = self._look(spot, paths.get(spot.found.path, Path(spot.found.path)))
+                    with self._unpacked(folder, {path: (spot.chain, spot.member)}) as paths:
+                        line = self._look(spot, paths.get(path, Path(path)))
                 except Refusal as refusal:
                     line = refused_line(refusal)
                 except OSError as error:
                     line = refused_line(_unreadable(error))
-            yield seen(spot.found, line)
+                yield seen(spot.found, line)
 
     def list_archive(self, chain: Chain) -> Iterator[Line]:
         """The journal's line about an archive."""
@@ -177,7 +180,7 @@ class Toolbox:
     def read(self, order: ReadOrder) -> Iterator[Stored]:
         """Decode a series and write it where the store can take it from."""
         plan: SeriesPlan = pickle.loads(order.planned.plan)
-        with self._unpacked(order.folder, order.packed) as paths:
+        with self._temporary(order.folder) as folder, self._unpacked(folder, order.packed) as paths:
             unpacked = tuple(
                 replace(header, path=paths.get(os.fspath(header.path), header.path)) for header in plan.headers
             )
@@ -188,9 +191,9 @@ class Toolbox:
                 origins = {path: Path(origin) for origin, path in paths.items()}
                 file = refusal.file and origins.get(refusal.file, refusal.file)
                 raise Refusal(refusal.code, refusal.reason, refusal.mend, file) from error
-        folder = write_series(self._store, order.planned.name, plan.identity, series, self._pseudonyms)
+        place = write_series(self._store, order.planned.name, plan.identity, series, self._pseudonyms)
         shape = series.voxels_TSHW.shape
-        yield Stored(str(folder), shape[0] * shape[1], series.voxels_TSHW.nbytes)
+        yield Stored(str(place), shape[0] * shape[1], series.voxels_TSHW.nbytes)
 
     def read_reports(self, order: tuple[str, Packed, str]) -> Iterator[Reading]:
         """The reports of a file, some at a time.
@@ -199,7 +202,7 @@ class Toolbox:
             order: the file's path, where it lies, and the name of a temporary folder.
         """
         path, packed, name = order
-        with self._unpacked(name, packed) as paths:
+        with self._temporary(name) as folder, self._unpacked(folder, packed) as paths:
             reading = reports.read(paths.get(path, Path(path)), self._pseudonyms)
         own = [replace(report, path=Path(path)) for report in reading.reports]
         yield Reading([], reading.refused)
@@ -222,7 +225,7 @@ class Toolbox:
             head = file.read(HEAD_BYTES)
         if kind := kind_of(path.name, head):
             return {"kind": "archive", "archive": kind}
-        if head[128:132] == b"DICM" and (is_index_name(path.name) or _INDEX_CLASS + b"\0" in head):
+        if head[128:132] == b"DICM" and (is_index_name(path.name) or _INDEX_CLASS in head):
             return {"kind": "index", "references": _references(path)}
         for reader in self._readers.values():
             if reader.can_read(path, head):
@@ -250,30 +253,40 @@ class Toolbox:
         return Grouped(plans, [(os.fspath(header.path), refusal) for header, refusal in _complete(grouping, headers)])
 
     @contextmanager
-    def _unpacked(self, name: str, packed: Packed) -> Iterator[dict[str, Path]]:
+    def _temporary(self, name: str) -> Iterator[Path]:
+        """A folder that is made when something is unpacked into it, and removed at the end."""
+        folder = self._folder / name
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def _unpacked(self, folder: Path, packed: Packed) -> Iterator[dict[str, Path]]:
         """Members of archives as files, for a while, with what they need beside them.
 
         A reader may take from a path whose file it is, so that it has all of its folders below the temporary one.
 
         Args:
-            name: of a temporary folder.
+            folder: a temporary one.
             packed: files; those outside archives are passed over.
         """
-        folder = self._folder / name
         paths: dict[str, Path] = {}
+        targets: dict[Path, tuple[Chain, str]] = {}
+        for path, (chain, member) in packed.items():
+            if chain:
+                paths[path] = folder / path.lstrip("/")
+                targets[paths[path]] = chain, member
+                for beside in beside_of(member):
+                    if self._unpacker.has(chain, beside):
+                        targets[paths[path].with_name(os.path.basename(beside))] = chain, beside
         try:
-            for path, (chain, member) in packed.items():
-                if chain:
-                    paths[path] = folder / path.lstrip("/")
-                    self._unpacker.unpack(chain, member, paths[path])
-                    for beside in beside_of(member):
-                        if self._unpacker.has(chain, beside):
-                            target = paths[path].with_name(os.path.basename(beside))
-                            self._unpacker.unpack(chain, beside, target)
+            for target, (chain, member) in targets.items():
+                self._unpacker.unpack(chain, member, target)
             yield paths
         finally:
-            if paths:
-                shutil.rmtree(folder, ignore_errors=True)
+            for target in targets:
+                target.unlink(missing_ok=True)
 
 
 def load_reader(name: str) -> Reader:
