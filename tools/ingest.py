@@ -86,13 +86,16 @@ def ingest(args: argparse.Namespace) -> int:
 def summary(outcome: "Outcome", store: Path) -> str:
     """What an ingest did, in numbers."""
     slices = f"{outcome.frames:,} slices, {outcome.num_bytes / 2**20:,.1f} MiB"
+    kinds = outcome.kinds
+    aside = f"{kinds.get('hidden', 0):,} hidden files and {kinds.get('sidecar', 0):,} sidecars passed over"
     lines = [
         f"{outcome.files:,} files in {outcome.seconds:,.1f} s: {outcome.new_series:,} series new, "
-        f"{outcome.known_series:,} were there; {outcome.ignored:,} hidden files passed over",
+        f"{outcome.known_series:,} were there; {aside}",
         f"{store} has {outcome.studies:,} studies, {outcome.series:,} series, {slices}, {outcome.samples:,} samples",
     ]
     if outcome.refused:
-        lines.append(f"{sum(outcome.refused.values()):,} files refused, each with the reason in {outcome.quarantine}:")
+        count = sum(outcome.refused.values())
+        lines.append(f"{count:,} files and reports refused, each with the reason in {outcome.quarantine}:")
         lines += [f"  {count:>9,}  {code}" for code, count in outcome.refused.items()]
     return "\n".join(lines)
 

@@ -26,6 +26,7 @@ from megamed.data.ingest.scan import Scan
 from megamed.data.ingest.sources import Walk, roots
 from megamed.data.ingest.tasks import Grouped, Planned, ReadOrder, files_of
 from megamed.data.privacy import Pseudonyms
+from megamed.data.privacy.declaration import declaration
 from megamed.data.privacy.keys import load_or_create_key, private_folder
 from megamed.data.readers import Refusal
 from megamed.data.reports import Report
@@ -117,14 +118,12 @@ class _Ingest:
 
     def run(self, workers: int, readers: Sequence[str], progress: bool) -> Outcome:
         with ExitStack() as stack:
-            writing = stack.enter_context(ExitStack())
-            self.writer = writing.enter_context(StoreWriter(self.store))
+            self.writer = stack.enter_context(StoreWriter(self.store))
+            self.store.declare(declaration(self.pseudonyms.dates), self.pseudonyms.fingerprint())
             archives.clear(self.temporary)
             self.temporary.mkdir()
             stack.callback(archives.clear, self.temporary)
-            self.journal = stack.enter_context(
-                Journal(self.private / "scan.jsonl", self._stamp(readers), self.pseudonyms.fingerprint())
-            )
+            self.journal = stack.enter_context(Journal(self.private / "scan.jsonl", self._stamp(readers)))
             self.pool = stack.enter_context(Pool(
                 workers, "megamed.data.ingest.tasks:Toolbox", self._toolbox(readers), self.num_bytes,
                 {"TMPDIR": str(self.temporary)},
@@ -138,13 +137,15 @@ class _Ingest:
             self.rows += self.files.rows
             spool = stack.enter_context(tempfile.TemporaryFile(dir=self.temporary))
             plans = _Plans(spool)
+            num_rows = len(self.rows)
             self._group(plans)
             self._read(plans, progress)
+            self._count_kinds(len({row.file for row in self.rows[num_rows:]}))
             reports, rows, tracebacks = read_reports(self.pool, self.files, self.limits.seconds, self.each)
             self.rows += rows
             self._log(tracebacks)
             self.pool.close()
-            writing.close()
+            self.writer.write_index()
             return self._finish(plans, reports)
 
     def _group(self, plans: _Plans) -> None:
@@ -268,13 +269,19 @@ class _Ingest:
             others = Refusal("series-refused", f"its series is refused for {guilty}: {refusal.reason}", refusal.mend)
         self.rows += [quarantine.row(path, refusal if path == guilty else others) for path in paths]
 
+    def _count_kinds(self, num_unread: int) -> None:
+        """Count what became of files; those with a sound header of which no series was made are refused."""
+        kinds = self.files.kinds
+        kinds["series"] -= num_unread
+        kinds["refused"] += num_unread
+        self.outcome.kinds = {kind: count for kind, count in sorted(kinds.items()) if count}
+
     def _finish(self, plans: _Plans, reports: list[Report]) -> Outcome:
         """Write samples and tables, and count."""
         outcome, store = self.outcome, VolumeStore(self.store.root)
         files = ((path, planned.name) for planned in plans for path in files_of(planned))
         outcome.samples, rows = write_samples(store, reports, files, self.pseudonyms)
         self.rows += rows
-        outcome.files, outcome.ignored = self.files.num_files, self.files.num_ignored
         outcome.refused = dict(sorted(quarantine.write(self.private, self.rows, self.roots).items()))
         table = store.index.table
         outcome.studies = len(set(table["study"].to_pylist()) - {""})
@@ -307,8 +314,8 @@ class _Ingest:
         }  # fmt: skip
 
     def _stamp(self, readers: Sequence[str]) -> str:
-        """What the journal's lines depend on beside the files: which readers there are, and in which version."""
-        digest = hashlib.sha256(repr((megamed.__version__, list(readers))).encode())
+        """What the journal's lines depend on beside the files: the readers, their version, the key and dates."""
+        digest = hashlib.sha256(repr((megamed.__version__, list(readers), self.pseudonyms.fingerprint())).encode())
         data = Path(__file__).resolve().parents[1]
         for folder in ("readers", "reports", "privacy", "ingest"):
             for path in sorted(data.glob(f"{folder}/**/*.py")):

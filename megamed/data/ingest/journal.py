@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from megamed.data.ingest.sources import Found
-from megamed.utils import UserError
 
 VERSION = 1
 _FLUSH_S = 2.0
@@ -48,13 +47,9 @@ class Journal:
     Args:
         path: the file.
         stamp: of the readers and options.
-        key_check: of the project's key and its treatment of dates.
-
-    Raises:
-        UserError: the journal belongs to another key.
     """
 
-    def __init__(self, path: Path, stamp: str, key_check: str):
+    def __init__(self, path: Path, stamp: str):
         self.path = path
         self._rows: dict[str, int] = {}
         self._offsets, self._lengths = array("q"), array("i")
@@ -62,7 +57,7 @@ class Journal:
         self._buckets, self._bucket_numbers, self._bucket_names = array("i"), {"": 0}, [""]
         self.series: dict[str, Place] = {}
         """Series that are done or refused, by name."""
-        head = {"version": VERSION, "stamp": stamp, "key": key_check}
+        head = {"version": VERSION, "stamp": stamp}
         end = self._load(head) if path.exists() else 0
         self._file: IO[bytes] = open(path, "r+b" if end else "w+b")
         self._file.truncate(end)
@@ -141,11 +136,6 @@ class Journal:
         with open(self.path, "rb") as file:
             for number, (place, values) in enumerate(_lines(file)):
                 if number == 0:
-                    if values.get("key", head["key"]) != head["key"]:
-                        raise UserError(
-                            f"{self.path.parent} belongs to another project key, or to another choice of --dates; "
-                            "give those that its store was made with, or make a new store"
-                        )
                     if values != head:
                         return 0
                 elif "f" in values:

@@ -80,6 +80,8 @@ def _serve(control: socket.socket, toolbox: Any, libc: ctypes.CDLL) -> NoReturn:
         if not request:
             for pid in children:
                 _kill_group(pid)
+            for pid in children:
+                os.waitpid(pid, 0)
             os._exit(0)
         if request == FORK:
             nursery = os.getpid()

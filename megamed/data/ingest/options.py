@@ -36,9 +36,9 @@ class Outcome:
         new_series, known_series: of the sources: read in this run; in the store already.
         studies, series, frames, num_bytes: of the store; frames are slices times volumes, bytes those of voxels.
         samples: in the store's `samples.jsonl`.
-        files: regular files below the sources, members of archives included.
-        ignored: of these, hidden files and what operating systems leave behind.
-        refused: files by the code of the reason.
+        kinds: regular files below the sources, members of archives included, by what became of them: `series`,
+            `report`, `sidecar`, `index`, `archive`, `hidden` (what operating systems leave behind, too), `refused`.
+        refused: files, and entries of files of reports, by the code of the reason.
         seconds: it took.
         quarantine: the table of the files that were refused.
     """
@@ -50,11 +50,15 @@ class Outcome:
     frames: int = 0
     num_bytes: int = 0
     samples: int = 0
-    files: int = 0
-    ignored: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
     refused: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     quarantine: Path = Path()
+
+    @property
+    def files(self) -> int:
+        """Regular files below the sources."""
+        return sum(self.kinds.values())
 
 
 def memory_to_use() -> int:

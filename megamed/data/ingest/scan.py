@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ from megamed.data.ingest.pool import Ended, Item, Pool, Task
 from megamed.data.ingest.progress import Progress
 from megamed.data.ingest.quarantine import Row, row
 from megamed.data.ingest.sources import Found, Walk, is_litter
-from megamed.data.ingest.tasks import Seen, Spot, refused_line, seen
+from megamed.data.ingest.tasks import LOOK_AGAIN, Seen, Spot, refused_line, seen
 from megamed.data.readers import Refusal
 
 _BATCH = 64
@@ -32,15 +32,14 @@ class Files:
         chains: of archives, by path.
         rows: files that are refused.
         reports: files that hold reports.
-        num_files, num_ignored: as in `Outcome`.
+        kinds: regular files by what they are, the members of archives included.
     """
 
     buckets: dict[str, array[int]] = field(default_factory=dict)
     chains: dict[str, Chain] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     reports: list[str] = field(default_factory=list)
-    num_files: int = 0
-    num_ignored: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
 
     def place_of(self, path: str) -> tuple[Chain, str]:
         """The archive that a path leads into, and the name there; an empty chain for a file outside archives."""
@@ -94,8 +93,7 @@ class Scan:
             for event in self._pool.wait():
                 self._hear(event)
         self.files.rows += [row(path, refusal) for path, refusal in self._walk.refused]
-        self.files.num_ignored += self._walk.num_ignored
-        self.files.num_files += self._walk.num_ignored
+        self.files.kinds["hidden"] += self._walk.num_ignored
         self._check_references()
         return self.files
 
@@ -110,7 +108,7 @@ class Scan:
                 self._put_back.append(spot)
                 break
             known = self._journal.find(spot.found)
-            if known is None:
+            if known is None or known.bucket == LOOK_AGAIN:
                 spots.append(spot)
             else:
                 self._take(spot, known)
@@ -166,7 +164,7 @@ class Scan:
         if lasting:
             self._take_new(spot, seen(spot.found, refused_line(refusal)))
         else:
-            self._count()
+            self._count("refused")
             self.files.rows.append(row(spot.found.path, refusal))
 
     def _take_new(self, spot: Spot, what: Seen) -> None:
@@ -181,11 +179,12 @@ class Scan:
 
     def _take(self, spot: Spot, known: Known) -> None:
         """A file that has its line."""
-        self._count()
-        if known.bucket:
+        if known.bucket not in ("", LOOK_AGAIN):
+            self._count("series")
             self.files.buckets.setdefault(known.bucket, array("q")).extend(known.place)
             return
         line, path = self._journal.read(known.place), spot.found.path
+        self._count(line["kind"])
         if line["kind"] == "refused":
             self.files.rows.append(row(path, Refusal(*line["refusal"])))
         elif line["kind"] == "index":
@@ -195,7 +194,7 @@ class Scan:
         elif line["kind"] == "archive":
             self.files.chains[path] = _chain(spot, line)
             self.files.rows += [row(f"{path}/{name}", Refusal(*why)) for name, why in line["refused"]]
-            self._count(len(line["refused"]))
+            self._count("refused", len(line["refused"]))
             self._sources.append(self._members(spot, line))
 
     def _members(self, spot: Spot, line: Line) -> Iterator[Spot]:
@@ -203,13 +202,12 @@ class Scan:
         chain = self.files.chains[spot.found.path]
         for name, size in line["members"]:
             if any(map(is_litter, name.split("/"))):
-                self._count()
-                self.files.num_ignored += 1
+                self._count("hidden")
             else:
                 yield Spot(Found(f"{spot.found.path}/{name}", size, spot.found.mtime_ns), chain, name)
 
-    def _count(self, num_files: int = 1) -> None:
-        self.files.num_files += num_files
+    def _count(self, kind: str, num_files: int = 1) -> None:
+        self.files.kinds[kind] += num_files
         self._progress.add(num_files)
 
     def _check_references(self) -> None:

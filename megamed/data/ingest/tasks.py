@@ -36,6 +36,10 @@ _BESIDE = (".hdr", ".hdr.gz", ".img", ".img.gz", ".json", ".bval")
 # Of these, the ones that are no image; with what nobody reads but belongs there.
 _SIDECARS = (".json", ".bval", ".bvec")
 _REPORTS_A_MESSAGE = 500
+_LONE = Refusal("lone-sidecar", "it holds no reports, and no NIfTI file of its name lies beside it",
+                "put it beside its image, or leave it out")
+LOOK_AGAIN = "beside"
+_FOR_WHAT_IS_BESIDE = (_LONE.code, "missing-file")
 
 # The class of an index of a medium, with the start of the element behind it, as the meta information has it.
 _INDEX_CLASS = b"1.2.840.10008.1.3.10\x02\0"
@@ -234,15 +238,15 @@ class Toolbox:
                         "facts": header.facts}
         if reports.can_read(path, head):
             return {"kind": "report"}
-        if self._is_sidecar(spot):
-            return {"kind": "sidecar"}
+        if path.suffix.lower() in _SIDECARS:
+            if self._has_image(spot):
+                return {"kind": "sidecar"}
+            raise _LONE
         raise Refusal("unknown-format", "it is of no format that is read", "convert it to DICOM, NIfTI or PNG")
 
-    def _is_sidecar(self, spot: Spot) -> bool:
-        """Whether a file says something of a NIfTI file beside it."""
-        stem, suffix = os.path.splitext(spot.member if spot.chain else spot.found.path)
-        if suffix not in _SIDECARS:
-            return False
+    def _has_image(self, spot: Spot) -> bool:
+        """Whether a NIfTI file of the same name lies beside a file."""
+        stem, _ = os.path.splitext(spot.member if spot.chain else spot.found.path)
         images = [stem + suffix for suffix in _NIFTI]
         return any(self._unpacker.has(spot.chain, image) if spot.chain else os.path.isfile(image) for image in images)
 
@@ -303,10 +307,13 @@ def seen(found: Found, line: Line) -> Seen:
 
 
 def bucket_of(line: Line) -> str:
-    """What the headers have in common that may become one series; empty for what is none."""
-    if line["kind"] != "series":
-        return ""
-    return f"{line['reader']} {Identity(*line['identity']).series}"
+    """What the headers have in common that may become one series; empty for what is none.
+
+    What a file is may depend on what lies beside it, which may be another thing in the next run: `LOOK_AGAIN`.
+    """
+    if line["kind"] == "series":
+        return f"{line['reader']} {Identity(*line['identity']).series}"
+    return LOOK_AGAIN if line["kind"] == "sidecar" or line.get("refusal", [""])[0] in _FOR_WHAT_IS_BESIDE else ""
 
 
 def refused_line(refusal: Refusal) -> Line:

@@ -87,17 +87,17 @@ class VolumeStore:
         return cls(root)
 
     def declare(self, deidentified: dict[str, object], key: str) -> None:
-        """Say in `store.json` how series are de-identified, the first time; later, see that it is still the same.
+        """Say in `store.json` how series are de-identified; of a store with series, see that it is still the same.
 
         Args:
-            deidentified: `profile.declaration`.
+            deidentified: what `privacy.declaration` has.
             key: `Pseudonyms.fingerprint`.
 
         Raises:
             UserError: the store was made in another way, or with another key.
         """
         values = json.loads((self.root / _STORE_FILE).read_bytes())
-        if "key" not in values:
+        if "key" not in values or next(index.series_folders(self.root), None) is None:
             _write(self.root, {**values, "deidentified": deidentified, "key": key})
         elif (was := values["deidentified"]) != deidentified:
             dates = {"dropped": "drop", "shifted": "shift"}[was["dates"]]

@@ -129,6 +129,16 @@ class StoreWriter:
         shutil.rmtree(old, ignore_errors=True)
         return replace(record, folder=place)
 
+    def write_index(self) -> None:
+        """Write the index where it has to be; what is committed later takes it away again.
+
+        Raises:
+            UserError: the folder of a series is damaged.
+        """
+        if not self._has_index:
+            index.write(self._root)
+            self._has_index = True
+
     def close(self) -> None:
         """Write the index where it has to be, remove what is unfinished, and let go of the lock.
 
@@ -137,9 +147,7 @@ class StoreWriter:
         """
         try:
             self._clear()
-            if not self._has_index:
-                index.write(self._root)
-                self._has_index = True
+            self.write_index()
         finally:
             os.truncate(self._lock, 0)
             os.close(self._lock)

@@ -7,6 +7,7 @@ import pytest
 from pydicom.datadict import tag_for_keyword
 
 from megamed.data.privacy import profile
+from megamed.data.privacy.declaration import declaration
 from megamed.data.readers.dicom import header
 
 READER = Path(header.__file__).parent
@@ -58,6 +59,6 @@ def test_the_table_says_what_the_standard_says():
 
 
 def test_the_declaration_names_the_methods():
-    assert profile.declaration("drop")["method_codes"] == ["113100", "113105", "113111"]
-    assert profile.declaration("shift")["dates"] == "shifted"
-    assert "113107" in profile.declaration("shift")["method_codes"]
+    assert declaration("drop")["method_codes"] == ["113100", "113105", "113111"]
+    assert declaration("shift")["dates"] == "shifted"
+    assert "113107" in declaration("shift")["method_codes"]
