@@ -84,13 +84,16 @@ class _Band:
     """A resize matrix as blocks around its diagonal.
 
     Attributes:
-        weights: float32 [blocks, rows of the output, pixels of the input].
+        weights: float32 [blocks, pixels of the output, pixels of the input].
+        transposed: the same [blocks, pixels of the input, pixels of the output]: BLAS multiplies from the right by what
+            lies so in half the time.
         start: pixel of the input at which block 0 begins, counted from the rim.
         step: pixels of the input from block to block.
         before, after: pixels of the rim, which the first and the last blocks take in with weight 0.
     """
 
     weights: np.ndarray
+    transposed: np.ndarray
     start: int
     step: int
     before: int
@@ -128,7 +131,8 @@ def _band(num_in: int, start: float, length: float, num_out: int, interpolation:
         padded[block * rows : (block + 1) * rows, block * step + first + before :][:, :width]
         for block in range(num_blocks)
     ])
-    return _Band(weights, first + before, step, before, after)
+    transposed = np.ascontiguousarray(weights.transpose(0, 2, 1))
+    return _Band(weights, transposed, first + before, step, before, after)
 
 
 def pixels(
@@ -214,7 +218,7 @@ class _Workspace:
         """`values_HW` within a window, resized."""
         np.clip(self.values_HW, np.float32(low), np.float32(high), out=self._clipped_HW)
         np.matmul(self.vertical.weights, self._taken_by_rows, out=self._half)
-        np.matmul(self._taken_by_columns, self.horizontal.weights.transpose(0, 2, 1), out=self._plane)
+        np.matmul(self._taken_by_columns, self.horizontal.transposed, out=self._plane)
         if interpolation == "cubic":  # its kernel overshoots
             np.clip(self._plane_HW, np.float32(low), np.float32(high), out=self._plane_HW)
         return self._plane_HW
