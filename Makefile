@@ -25,7 +25,7 @@ help:
 	@echo "make test         ruff, mypy and the tests"
 	@echo "make parity       measure every parallel layout against one process, and write docs/parity.md"
 	@echo "make wheelhouse   download what a machine without a network needs to install megamed"
-	@echo "                  EXTRAS=gpu           also Transformer Engine, flash-attn, ring-flash-attn, DALI"
+	@echo "                  EXTRAS=gpu           also Transformer Engine, flash-attn, ring-flash-attn"
 	@echo "                  WITH_TORCH=1         also torch; by default the machine has its own"
 	@echo "                  PYTHON_VERSION=3.12  its Python, and PLATFORM=aarch64 its architecture"
 	@echo "make clean        remove caches and build output; .venv, runs/ and wheelhouse/ stay"
@@ -52,7 +52,7 @@ pretrain: install
 test: install
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	.venv/bin/python -m pytest -q --durations=10
+	.venv/bin/python -m pytest -q --durations=10 -n 2 --dist loadfile
 
 parity: install
 	.venv/bin/python -m pytest -q tests/parallel/test_parity.py --parity-table docs/parity.md

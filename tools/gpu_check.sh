@@ -119,14 +119,14 @@ judge() { # step, question, runs...: PASS or FAIL by the metrics of finished run
 
 # ---- install
 mkdir -p "$site"
-if has megatron.core transformers tokenizers safetensors hydra nibabel pydicom wandb psutil pytest; then
+if has megatron.core transformers tokenizers safetensors hydra nibabel pydicom gdcm pyarrow nvidia.dali wandb psutil pytest; then
     record install SKIPPED "what megamed requires is installed"
 elif [ ! -f "$wheelhouse/constraints.txt" ]; then
     record install FAIL "no $wheelhouse/: make it with 'make wheelhouse' where there is a network, and copy it here"
 else
     # torch and what compiles against it stay the machine's own. setuptools comes first, because one package
     # of the wheelhouse is source.
-    grep -Ev '^(torch|flash-attn|ring-flash-attn|transformer-engine|nvidia-dali)' "$wheelhouse/constraints.txt" \
+    grep -Ev '^(torch|flash-attn|ring-flash-attn|transformer-engine)' "$wheelhouse/constraints.txt" \
         >"$out/requirements.txt"
     pip=("$python" -m pip install --no-index --find-links "$wheelhouse" --no-deps --upgrade --target "$site")
     if run setuptools "${pip[@]}" -c "$out/requirements.txt" setuptools &&
