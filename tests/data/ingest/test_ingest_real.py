@@ -25,6 +25,7 @@ from tests.real_data import SHARED, needs
 
 REAL = ("fmri_dicom", "ct_head_ge", "ct_phantom", "mr_transfer_syntaxes")
 FMRI, CT, PHANTOM = SHARED / "fmri_dicom" / "dicoms", SHARED / "ct_head_ge" / "In" / "GE", SHARED / "ct_phantom"
+SLICES = PHANTOM / "In" / "Philips" / "S21570" / "S2010"
 MR = SHARED / "mr_transfer_syntaxes" / "In"
 NIBABEL = Path(nibabel.__file__).parent / "tests" / "data"
 XML = """<eCitation><uId id="CXR7"/><Abstract><AbstractText Label="FINDINGS">Lungs are clear.</AbstractText></Abstract>
@@ -32,7 +33,8 @@ XML = """<eCitation><uId id="CXR7"/><Abstract><AbstractText Label="FINDINGS">Lun
 
 
 def uid(folder: Path) -> str:
-    return pydicom.dcmread(next(folder.iterdir()), stop_before_pixels=True).StudyInstanceUID
+    """The study of the images in a folder; their names have numbers, those of indexes have none."""
+    return pydicom.dcmread(next(folder.glob("*[0-9]*")), stop_before_pixels=True).StudyInstanceUID
 
 
 def table(store: Path) -> list[dict[str, str]]:
@@ -161,7 +163,7 @@ def test_what_is_known_is_not_read_again_and_stays(first):
     more = folder / "more"
     write_picture(more / "new.png", 7)
     shutil.copy(MR / "1.dcm", more)
-    (more / "late.csv").write_text(f"StudyInstanceUID,findings\n{uid(PHANTOM / 'In/Philips/S21570/S2010')},A phantom.\n")
+    (more / "late.csv").write_text(f"StudyInstanceUID,findings\n{uid(SLICES)},A phantom.\n")
     added = ingest(folder / "store", more)
     assert (added.new_series, added.known_series, added.series, added.samples) == (2, 0, 8, 5)
     assert added.kinds == {"series": 2, "report": 1} and added.refused == outcome.refused
@@ -231,7 +233,7 @@ def test_a_store_keeps_its_key_and_dates(first, tmp_path):
     folder, sources, _ = first
     load_or_create_key(tmp_path / "other.key")
     for options, message in (
-        ({"dates": "shift"}, "ingest with --dates drop"), ({"key": tmp_path / "other.key"}, "give that one by --key FILE"),
+        ({"dates": "shift"}, "ingest with --dates drop"), ({"key": tmp_path / "other.key"}, "that one by --key FILE"),
     ):
         with pytest.raises(UserError, match=message):
             ingest(folder / "store", *sources, **options)
