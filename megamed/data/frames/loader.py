@@ -10,8 +10,8 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 
 import numpy as np
@@ -99,6 +99,7 @@ class NumpyLoader:
         self._pinned = pinned and device.type == "cuda"
         self._margin = partial(reference.margin, size=size, interpolation=config.interpolation)
         self._reader = RawReader()
+        self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="frames")
         self._memory = _Memory()
         self._lock = threading.Lock()
@@ -112,16 +113,20 @@ class NumpyLoader:
             frames_NCHW = torch.from_numpy(self._memory.take(len(frames), 3, size, size))
         array_NCHW = frames_NCHW.numpy()
 
-        def make(index: int) -> None:
-            frame = frames[index]
-            change = augmentation_of(self._config.augment, frame, seeds[index] if seeds else None, size)
-            raw = self._reader.read(frame, self._margin)
-            reference.pixels(raw, self._config.interpolation, change, array_NCHW[index])
+        def make(indices: Iterator[int]) -> None:
+            for index in indices:
+                frame = frames[index]
+                change = augmentation_of(self._config.augment, frame, seeds[index] if seeds else None, size)
+                raw = self._reader.read(frame, self._margin)
+                reference.pixels(raw, self._config.interpolation, change, array_NCHW[index])
 
         with self._lock:
             self._reader.expect(frames)
-            for _ in self._pool.map(make, range(len(frames))):
-                pass
+            # Threads take frames from one iterator: a task for each frame would cost more than its reading.
+            indices = iter(range(len(frames)))
+            tasks = [self._pool.submit(make, indices) for _ in range(self._threads)]
+            for task in wait(tasks).done:
+                task.result()
         return frames_NCHW.to(self._device)
 
 
