@@ -21,7 +21,7 @@ from megamed.data.ingest.journal import Journal, Line, Place
 from megamed.data.ingest.options import Limits, Outcome, memory_to_use
 from megamed.data.ingest.pool import Ended, Item, NoSpace, Pool, Task
 from megamed.data.ingest.progress import Progress
-from megamed.data.ingest.samples import read_reports, write_samples
+from megamed.data.ingest.samples import Reports
 from megamed.data.ingest.scan import Scan
 from megamed.data.ingest.sources import Walk, roots
 from megamed.data.ingest.tasks import Grouped, Planned, ReadOrder, files_of
@@ -29,7 +29,6 @@ from megamed.data.privacy import Pseudonyms
 from megamed.data.privacy.declaration import declaration
 from megamed.data.privacy.keys import load_or_create_key, private_folder
 from megamed.data.readers import Refusal
-from megamed.data.reports import Report
 from megamed.data.store import StoreWriter, VolumeStore
 from megamed.data.store.index import folder_of, replace, series_folders
 from megamed.data.store.record import read_record
@@ -123,7 +122,9 @@ class _Ingest:
             archives.clear(self.temporary)
             self.temporary.mkdir()
             stack.callback(archives.clear, self.temporary)
-            self.journal = stack.enter_context(Journal(self.private / "scan.jsonl", self._stamp(readers)))
+            stamp = self._stamp(readers)
+            self.reports = Reports(self.private, self.store.root, self.pseudonyms, stamp)
+            self.journal = stack.enter_context(Journal(self.private / "scan.jsonl", stamp))
             self.pool = stack.enter_context(Pool(
                 workers, "megamed.data.ingest.tasks:Toolbox", self._toolbox(readers), self.num_bytes,
                 {"TMPDIR": str(self.temporary)},
@@ -140,13 +141,16 @@ class _Ingest:
             num_rows = len(self.rows)
             self._group(plans)
             self._read(plans, progress)
-            self._count_kinds(len({row.file for row in self.rows[num_rows:]}))
-            reports, rows, tracebacks = read_reports(self.pool, self.files, self.limits.seconds, self.each)
+            num_unread = len({row.file for row in self.rows[num_rows:]})
+            rows, tracebacks = self.reports.update(
+                self.pool, self.files, self.roots, self.limits.seconds, self.each
+            )  # fmt: skip
             self.rows += rows
+            self._count_kinds(num_unread, len(rows))
             self._log(tracebacks)
             self.pool.close()
             self.writer.write_index()
-            return self._finish(plans, reports)
+            return self._finish(plans)
 
     def _group(self, plans: _Plans) -> None:
         """Turn the headers of each bucket into series to read."""
@@ -269,20 +273,21 @@ class _Ingest:
             others = Refusal("series-refused", f"its series is refused for {guilty}: {refusal.reason}", refusal.mend)
         self.rows += [quarantine.row(path, refusal if path == guilty else others) for path in paths]
 
-    def _count_kinds(self, num_unread: int) -> None:
-        """Count what became of files; those with a sound header of which no series was made are refused."""
+    def _count_kinds(self, num_series: int, num_reports: int) -> None:
+        """Count what became of files; so many with a sound header, and files of reports, were refused later."""
         kinds = self.files.kinds
-        kinds["series"] -= num_unread
-        kinds["refused"] += num_unread
+        kinds["series"] -= num_series
+        kinds["report"] -= num_reports
+        kinds["refused"] += num_series + num_reports
         self.outcome.kinds = {kind: count for kind, count in sorted(kinds.items()) if count}
 
-    def _finish(self, plans: _Plans, reports: list[Report]) -> Outcome:
+    def _finish(self, plans: _Plans) -> Outcome:
         """Write samples and tables, and count."""
         outcome, store = self.outcome, VolumeStore(self.store.root)
-        files = ((path, planned.name) for planned in plans for path in files_of(planned))
-        outcome.samples, rows = write_samples(store, reports, files, self.pseudonyms)
+        outcome.samples, rows = self.reports.write(store, ((planned.name, files_of(planned)) for planned in plans))
         self.rows += rows
-        outcome.refused = dict(sorted(quarantine.write(self.private, self.rows, self.roots).items()))
+        outcome.refused = dict(sorted(quarantine.write(
+            self.private, self.rows, self.roots, self.reports.files()).items()))
         table = store.index.table
         outcome.studies = len(set(table["study"].to_pylist()) - {""})
         outcome.series = len(table)
@@ -293,7 +298,7 @@ class _Ingest:
         outcome.num_bytes = sum(table["num_bytes"].to_pylist())
         _write_summary(self.store.root, outcome)
         outcome.seconds = time.monotonic() - self.began
-        if not outcome.new_series + outcome.known_series + (len(reports) - len(rows)):
+        if not outcome.new_series + outcome.known_series + outcome.kinds.get("report", 0):
             raise UserError(
                 f"nothing in the sources is of use: {outcome.files:,} files, of which {len(set(self.rows)):,} are "
                 f"refused; see {outcome.quarantine}"

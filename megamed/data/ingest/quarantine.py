@@ -41,14 +41,14 @@ def cell(text: str) -> str:
     return f"'{shown}" if shown.startswith(_FORMULA) else shown
 
 
-def write(folder: Path, rows: Iterable[Row], sources: Sequence[str]) -> Counter[str]:
-    """Write the table anew. Rows of files that do not lie in `sources`, from earlier runs, stay.
+def write(folder: Path, rows: Iterable[Row], sources: Sequence[str], files: Iterable[str]) -> Counter[str]:
+    """Write the table anew. Rows from earlier runs stay, of files that neither lie in `sources` nor are among `files`.
 
     Returns:
         Rows by code.
     """
-    prefixes = tuple(cell(source) for source in sources)
-    kept = (old for old in read(folder) if not any(_is_in(old.file, prefix) for prefix in prefixes))
+    prefixes, shown = tuple(map(cell, sources)), set(map(cell, files))
+    kept = (old for old in read(folder) if old.file not in shown and not any(is_in(old.file, up) for up in prefixes))
     table = sorted({*kept, *rows})
     aside = folder / f"{NAME}.new"
     with open(aside, "w", encoding="utf-8", newline="") as file:
@@ -70,7 +70,8 @@ def read(folder: Path) -> list[Row]:
         return []
 
 
-def _is_in(file: str, source: str) -> bool:
+def is_in(file: str, source: str) -> bool:
+    """Whether a path is that of a source, or leads into it."""
     return file == source or file.startswith(source.rstrip("/") + "/")
 
 

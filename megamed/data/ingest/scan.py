@@ -38,7 +38,7 @@ class Files:
     buckets: dict[str, array[int]] = field(default_factory=dict)
     chains: dict[str, Chain] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
-    reports: list[str] = field(default_factory=list)
+    reports: list[Found] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
 
     def place_of(self, path: str) -> tuple[Chain, str]:
@@ -190,7 +190,7 @@ class Scan:
         elif line["kind"] == "index":
             self._indexes.append((path, line["references"]))
         elif line["kind"] == "report":
-            self.files.reports.append(path)
+            self.files.reports.append(spot.found)
         elif line["kind"] == "archive":
             self.files.chains[path] = _chain(spot, line)
             self.files.rows += [row(f"{path}/{name}", Refusal(*why)) for name, why in line["refused"]]

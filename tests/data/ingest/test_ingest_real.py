@@ -101,8 +101,8 @@ def test_every_file_is_accounted_for(first):
     folder, sources, outcome = first
     there = [Path(top) / name for source in sources for top, _, names in os.walk(source) for name in names]
     assert outcome.files == len(there) and outcome.kinds == {
-        "series": 630 + 28 + 28 + 1 + 2, "report": 5, "sidecar": 2, "index": 1, "hidden": 1,
-        "refused": sum(path.name in ("LICENSE", "notes.txt", "alone.json", "same.png") for path in there) + 3,
+        "series": 630 + 28 + 28 + 1 + 2, "report": 4, "sidecar": 2, "index": 1, "hidden": 1,
+        "refused": sum(path.name == "LICENSE" for path in there) + 4 + 3,  # of no use in "small", and three copies
     }
     rows = [(Path(row["file"]).name, row["code"], row["reason"].partition(":")[0]) for row in table(folder / "store")]
     plain = "several slices lie at one place with the same number and time"
@@ -128,7 +128,7 @@ def test_every_file_is_accounted_for(first):
     said = json.loads((folder / "store" / "store.json").read_text())
     assert said["deidentified"]["dates"] == "dropped" and len(said["key"]) == 20
     assert {path.name for path in (folder / "store.private").iterdir()} == {
-        "project.key", "quarantine.csv", "scan.jsonl"}
+        "project.key", "quarantine.csv", "reports.jsonl", "scan.jsonl"}
 
 
 @needs(*REAL)
@@ -176,6 +176,38 @@ def test_what_is_known_is_not_read_again_and_stays(first):
     shutil.copy(NIBABEL / "functional.nii", folder / "small" / "alone.nii")
     late = ingest(folder / "store", folder / "small")
     assert late.kinds["sidecar"] == 3 and "lone-sidecar" not in late.refused and late.refused["duplicate"] == 2
+
+
+def test_reports_may_come_before_or_after_their_study_and_in_any_run(tmp_path):
+    store, pictures, texts = tmp_path / "store", tmp_path / "pictures", tmp_path / "texts"
+    for place in ("p1/s1/a.png", "p1/s2/b.png", "plain/c.png"):
+        write_picture(pictures / place, len(place) + ord(place[-5]))
+    texts.mkdir()
+    (texts / "one.jsonl").write_text('{"study": "s1", "findings": "One."}\n{"study": "s2", "findings": "Two."}\n'
+                                     '{"image": "c.png", "findings": "Sea \\ud800."}\n')
+    (texts / "more.csv").write_text("study_id,report\n1,Addendum.\n")
+
+    def answers() -> list[str]:
+        return sorted(sample.messages[1].content for sample in load(store / "samples.jsonl"))
+
+    assert ingest(store, texts).refused == {"no-study": 4} and not (store / "samples.jsonl").exists()
+    assert ingest(store, pictures / "p1").refused == {"no-study": 1} and answers() == ["Addendum.", "One.", "Two."]
+    assert ingest(store, pictures / "plain").refused == {} and answers() == ["Addendum.", "One.", "Sea ?.", "Two."]
+    whole = (store / "samples.jsonl").read_bytes()
+    # A study that gets one series more is told of once.
+    write_picture(pictures / "p1/s1/later.png", 99)
+    ingest(store, pictures / "p1/s1")
+    assert len(answers()) == 4 and [len(sample.studies) for sample in load(store / "samples.jsonl")].count(2) == 2
+    ingest(tmp_path / "other", pictures, texts, key=tmp_path / "store.private" / "project.key")
+    assert (store / "samples.jsonl").read_bytes() == (tmp_path / "other" / "samples.jsonl").read_bytes() != whole
+    # A file that was edited counts as it is now, one that is gone from its source does no longer.
+    (texts / "one.jsonl").write_text('{"study": "s1", "findings": "Once more."}\n')
+    (texts / "more.csv").unlink()
+    assert ingest(store, texts).refused == {} and answers() == ["Once more."]
+    (tmp_path / "store.private" / "reports.jsonl").unlink()
+    with pytest.raises(UserError, match=r"is missing or damaged; restore it from a backup, or move samples.jsonl away"):
+        ingest(store, texts)
+    assert answers() == ["Once more."]
 
 
 @needs(*REAL)
