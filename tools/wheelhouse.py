@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--dest", type=Path, default=Path("wheelhouse"))
     parser.add_argument("--python-version", default=f"3.{sys.version_info.minor}", choices=["3.11", "3.12"])
     parser.add_argument("--machine", default=platform.machine(), help="architecture, as uname -m says there")
-    parser.add_argument("--extras", nargs="*", default=[], choices=["gpu", "video", "bench"])
+    parser.add_argument("--extras", nargs="*", default=[], choices=["gpu"])
     parser.add_argument("--with-torch", action="store_true", help="also torch and what it needs")
     options = parser.parse_args()
     pins = select((ROOT / "constraints.txt").read_text(), options.python_version, options.machine,

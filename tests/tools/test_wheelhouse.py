@@ -27,13 +27,12 @@ def test_pins_are_those_of_the_machines_python(python_version, megatron):
 
 def test_torch_and_what_needs_a_gpu_come_on_request_only():
     plain, gpu = select(), select(extras=["gpu"])
-    assert not any(pin.startswith(("torch==", "flash-attn==", "transformer-engine", "av==", "monai==")) for pin in plain)
+    assert not any(pin.startswith(("torch==", "flash-attn==", "transformer-engine")) for pin in plain)
     assert "nvidia-dali-cuda130==2.4.0" in plain  # it makes frames on a CPU, too
     assert set(plain) < set(gpu)
     assert {"flash-attn", "ring-flash-attn", "transformer-engine", "transformer-engine-torch"} <= {
         pin.partition("==")[0] for pin in gpu
     }
-    assert {"av==18.1.0", "monai==1.6.1"} == set(select(extras=["video", "bench"])) - set(plain)
     assert set(select(with_torch=True)) - set(plain) == {"torch==2.13.0"}
 
 

@@ -204,7 +204,7 @@ def test_bad_folders_are_one_line_with_the_mend(tmp_path):
     assert "a slice without position" in error(
         save(tmp_path / "position", make_run(lambda z, t: {"ImagePositionPatient": None}))
     )
-    assert "order in time" in error(save(tmp_path / "order", make_run(lambda z, t: {"InstanceNumber": None})))
+    assert "say its order" in error(save(tmp_path / "order", make_run(lambda z, t: {"InstanceNumber": None})))
 
 
 @pytest.mark.parametrize("tag", ["TemporalPositionIdentifier", "AcquisitionNumber", "InstanceNumber"])
@@ -257,7 +257,7 @@ def test_real_mosaics_and_other_modalities(tmp_path):
     mosaics, ct = SHARED / "mr_transfer_syntaxes" / "In", SHARED / "ct_phantom"
     if not mosaics.is_dir() or not ct.is_dir():
         pytest.skip(f"no real studies at {SHARED}")
-    assert "order in time" in error(mosaics)  # one volume, nine times
+    assert "say its order" in error(mosaics)  # one volume, nine times
     assert "no DICOM MR image" in error(ct)
     single = tmp_path / "single"
     single.mkdir()
