@@ -27,6 +27,9 @@ MISDEEDS = {
     "interrupt": "reader-failed", "odd": "reader-failed", "recursion": "reader-failed", "close": "decoder-crashed",
     "fork": None, "children": None, "print": None,
 }  # fmt: skip
+# Waiting for the limit of time once a step is enough.
+CASES = [(step, what) for step in ("metadata", "group", "read") for what in MISDEEDS
+         if what != ("hang" if step == "metadata" else "spin")]
 
 
 def table(store: Path) -> list[dict[str, str]]:
@@ -56,10 +59,9 @@ def test_misdeeds_cost_their_own_file_alone(tmp_path, capfd):
     for series in "abcde":
         for i in range(4):
             (source / f"{series}{i}").write_text(text(series, i, value=i))
-    for step in ("metadata", "group", "read"):
-        for what in MISDEEDS:
-            (source / f"{step}_{what}_0").write_text(text(f"{step} {what}", 0, **{step: what}))
-            (source / f"{step}_{what}_1").write_text(text(f"{step} {what}", 1))
+    for step, what in CASES:
+        (source / f"{step}_{what}_0").write_text(text(f"{step} {what}", 0, **{step: what}))
+        (source / f"{step}_{what}_1").write_text(text(f"{step} {what}", 1))
     (source / "group_forget_0").write_text(text("forget", 0, group="forget"))
     (source / "group_forget_1").write_text(text("forget", 1))
     (source / "read_refuse_0").write_text(text("refuse", 0, read="refuse"))
@@ -68,16 +70,15 @@ def test_misdeeds_cost_their_own_file_alone(tmp_path, capfd):
     outcome = run([source], store, readers=FAKE, limits=limits, workers=4, progress=False)
 
     codes = {Path(row["file"]).name: row["code"] for row in table(store)}
-    expected = {f"metadata_{what}_0": code for what, code in MISDEEDS.items() if code}
-    expected |= {f"{step}_{what}_{i}": code for step in ("group", "read") for i in (0, 1)
-                 for what, code in MISDEEDS.items() if code}
+    expected = {f"{step}_{what}_{i}": MISDEEDS[what] for step, what in CASES for i in (0, 1)
+                if MISDEEDS[what] and (step != "metadata" or i == 0)}
     expected |= {"group_forget_0": "not-grouped", "read_refuse_0": "truncated", "read_refuse_1": "series-refused"}
     assert codes == expected
     reasons = {Path(row["file"]).name: row["reason"] for row in table(store)}
     assert reasons["read_refuse_1"].endswith("/read_refuse_0: its pixel data ends early")
     # Five sound series; of a file that died at its header, the other of its series; those of harmless misdeeds.
-    harmless = sum(code is None for code in MISDEEDS.values())
-    assert outcome.new_series == outcome.series == 5 + (len(MISDEEDS) - harmless) + 3 * harmless + 1
+    others = [what for step, what in CASES if step == "metadata" or MISDEEDS[what] is None]
+    assert outcome.new_series == outcome.series == 5 + len(others) + 1
     assert sum(outcome.refused.values()) == len(expected)
     assert outcome.files == len(list(source.iterdir()))
     for record in VolumeStore(store).records():
