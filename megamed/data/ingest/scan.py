@@ -175,7 +175,10 @@ class Scan:
             else:
                 self._pool.submit(Task("list_archive", chain, self._seconds, self._num_bytes, note=spot))
             return
-        self._take(spot, Known(self._journal.add_file(spot.found, what.bucket, what.text), what.bucket))
+        known = self._journal.find(spot.found)
+        if known is None or self._journal.read(known.place) != json.loads(what.text):
+            known = Known(self._journal.add_file(spot.found, what.bucket, what.text), what.bucket)
+        self._take(spot, known)
 
     def _take(self, spot: Spot, known: Known) -> None:
         """A file that has its line."""
