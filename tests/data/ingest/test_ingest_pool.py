@@ -91,6 +91,18 @@ def test_misdeeds_cost_their_own_file_alone(tmp_path, capfd):
     assert not list((store / ".unfinished").glob("*"))
 
 
+def test_reports_that_eat_memory_cost_their_own_file_alone(tmp_path):
+    (tmp_path / "source").mkdir()
+    entry = '{"study": "1", "findings": "x"}'
+    # As Python has it, an empty list is 56 bytes, so that these are more than the 256 MiB that any task may take.
+    (tmp_path / "source" / "huge.json").write_text(f"[{entry}{', []' * 6_000_000}]")
+    (tmp_path / "source" / "small.jsonl").write_text(entry)
+    limits = Limits(num_bytes=256 << 20)
+    for _ in range(2):
+        outcome = run([tmp_path / "source"], tmp_path / "store", readers=FAKE, limits=limits, workers=1, progress=False)
+        assert outcome.refused == {"memory-limit": 1, "no-study": 1} and outcome.kinds == {"refused": 1, "report": 1}
+
+
 def test_workers_import_what_they_use():
     heavy = {"torch", "megatron", "pydicom", "nibabel", "PIL", "pyarrow", "nvidia.dali"}
     with Pool(1, TOOLBOX, {"greeting": "hi"}, 1 << 30) as pool:
