@@ -10,14 +10,18 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megamed.data.series import SeriesInfo
 from megamed.data.store.record import SeriesRecord, is_series_name, read_record
+
+# Loaded where it is used: it starts a thread, and the process that an ingest forks its workers from must have one only.
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
@@ -28,22 +32,30 @@ SERIES = "series"
 _VERSION = {b"megamed-index": b"1"}
 _KEPT = ("series", "patient", "study", "accession", "study_date", "sha256", "info")
 _OF_INFO = ("modality", "kind", "plane", "body_part", "laterality", "view_position", "part", "units", "dtype")
-SCHEMA = pa.schema(
-    [(name, pa.string()) for name in ("series", "patient", "study", "accession", "study_date")]
-    + [(name, pa.string()) for name in _OF_INFO]
-    + [(name, pa.int32()) for name in ("num_volumes", "num_slices", "height", "width")]
-    + [("colour", pa.bool_())]
-    + [(f"spacing_{axis}_mm", pa.float64()) for axis in "whs"]
-    + [("repetition_time_s", pa.float64()), ("num_bytes", pa.int64()), ("sha256", pa.string()), ("info", pa.string())],
-    metadata=_VERSION,
-)
+
+
+@cache
+def schema() -> pa.Schema:
+    """Columns of the table."""
+    import pyarrow as pa
+
+    texts = ("series", "patient", "study", "accession", "study_date", *_OF_INFO)
+    return pa.schema(
+        [(name, pa.string()) for name in texts]
+        + [(name, pa.int32()) for name in ("num_volumes", "num_slices", "height", "width")]
+        + [("colour", pa.bool_())]
+        + [(f"spacing_{axis}_mm", pa.float64()) for axis in "whs"]
+        + [("repetition_time_s", pa.float64()), ("num_bytes", pa.int64()), ("sha256", pa.string()),
+           ("info", pa.string())],
+        metadata=_VERSION,
+    )
 
 
 class Index:
     """The table in memory, rows in the order of names.
 
     Args:
-        table: of `SCHEMA`.
+        table: of `schema`.
         root: of the store.
     """
 
@@ -114,6 +126,8 @@ def write(root: Path) -> None:
     Raises:
         UserError: the folder of a series is damaged.
     """
+    import pyarrow.parquet as pq
+
     aside = root / f".{INDEX}"
     pq.write_table(_table(map(read_record, series_folders(root))), aside, compression="zstd")
     replace(aside, root / INDEX)
@@ -129,9 +143,12 @@ def misfits(root: Path) -> tuple[int, int] | None:
 
 
 def _read(root: Path) -> pa.Table | None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         table = pq.read_table(root / INDEX)
-        if table.schema.equals(SCHEMA) and _VERSION.items() <= (table.schema.metadata or {}).items():
+        if table.schema.equals(schema()) and _VERSION.items() <= (table.schema.metadata or {}).items():
             return table
         logger.warning("%s/%s is of another version; the series are read from their folders", root, INDEX)
     except FileNotFoundError:
@@ -159,7 +176,9 @@ def sync(path: Path) -> None:
 
 def _table(records: Iterable[SeriesRecord]) -> pa.Table:
     """Rows in the order in which they come."""
-    columns: dict[str, list] = {name: [] for name in SCHEMA.names}
+    import pyarrow as pa
+
+    columns: dict[str, list] = {name: [] for name in schema().names}
     for record in records:
         info = record.info
         volumes, slices, height, width = info.shape[:4]
@@ -174,7 +193,7 @@ def _table(records: Iterable[SeriesRecord]) -> pa.Table:
         }
         for name, value in values.items():
             columns[name].append(value)
-    return pa.table(columns, schema=SCHEMA)
+    return pa.table(columns, schema=schema())
 
 
 def _bytes(column: pa.ChunkedArray) -> np.ndarray:
