@@ -32,6 +32,9 @@ from megamed.data.readers import Refusal
 _PR_SET_PDEATHSIG = 1
 _LARGEST_PACKET = 1 << 16
 
+# What decoders leave behind, in caches and in pieces of free memory, would add to what the next task may take.
+_MOST_LEFT_BEHIND = 64 << 20
+
 FORK, KILL = b"F", b"K"
 """What the nursery is asked: to fork a worker for the socket that comes along, to kill the worker of a number."""
 
@@ -138,9 +141,10 @@ def _work(connection: Connection, toolbox: Any) -> None:
 
     Messages are ("begun",), then ("item", value) for each thing that the method yields, then the closing one:
     "done", "refused", "failed" or "no-space", the refusal or the exception's name, a traceback, and whether this
-    process goes on. It does not after an exception that no reader means to raise: who knows what is left.
+    process goes on. It does not after an exception that no reader means to raise: who knows what is left; nor where
+    much memory is.
     """
-    own_pid = os.getpid()
+    own_pid, own_bytes = os.getpid(), _data_bytes()
     while True:
         try:
             method, payload, num_bytes = connection.recv()
@@ -165,8 +169,9 @@ def _work(connection: Connection, toolbox: Any) -> None:
         if os.getpid() != own_pid:
             os._exit(0)
         _limit_memory(None)
-        connection.send(closing)
-        if not closing[-1]:
+        goes_on = closing[-1] and _data_bytes() - own_bytes < _MOST_LEFT_BEHIND
+        connection.send((*closing[:-1], goes_on))
+        if not goes_on:
             return
 
 

@@ -169,6 +169,8 @@ class Toolbox:
                 members.append((name, member.size))
             else:
                 refused.append((name, refused_line(member)["refusal"]))
+        if not members and not refused:
+            raise Refusal("empty", "it is an archive without files", "pack it again")
         yield {"kind": "archive", "archive": chain[-1].kind, "members": members, "refused": refused}
 
     def group(self, buckets: Sequence[Sequence[Place]]) -> Iterator[Grouped]:

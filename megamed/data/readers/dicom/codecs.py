@@ -115,7 +115,7 @@ def decode(stream: bytes, facts: Facts) -> np.ndarray:
     try:
         with _silent():
             return _decode(stream, facts)
-    except (Refusal, KeyboardInterrupt, SystemExit):
+    except (Refusal, MemoryError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # whatever damaged streams lead decoders to; a panic of Rust is no Exception
         raise Refusal("undecodable", f"a picture that cannot be decoded ({type(error).__name__})", AGAIN) from None
@@ -138,6 +138,9 @@ def _silent() -> Iterator[None]:
 def _decode(stream: bytes, facts: Facts) -> np.ndarray:
     rows, columns = facts.rows * (facts.grid or 1), facts.columns * (facts.grid or 1)
     if facts.syntax == codes.RLE:
+        # One segment a byte of a pixel (PS3.5, G.2), which the decoder does not check.
+        if stream[:4] != struct.pack("<L", facts.samples * facts.allocated // 8):
+            raise Refusal("undecodable", "a picture with another number of segments than its pixels have bytes", AGAIN)
         data = decode_rle(stream, rows * columns, facts.allocated, "<")
         planes = np.frombuffer(data, f"<{'i' if facts.signed else 'u'}{facts.allocated // 8}")
         planes = planes.reshape(facts.samples, rows, columns)

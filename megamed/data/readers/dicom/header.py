@@ -60,7 +60,7 @@ def read_header(path: Path, pseudonyms: Pseudonyms, reader: str) -> FileHeader:
     try:
         with quiet():
             return FileHeader(path, reader, _identity(parsed, pseudonyms), _facts(parsed, pseudonyms).to_json())
-    except Refusal:
+    except (MemoryError, Refusal):
         raise
     except Exception as error:  # values of a damaged header fail in whatever way they are used
         raise Refusal("unreadable", f"the header is damaged ({type(error).__name__})", AGAIN) from None
@@ -166,14 +166,18 @@ def _pixels(parsed: Parsed, kind: codes.ObjectKind) -> Facts:
     high = stored - 1 if high is None or not stored - 1 <= high < allocated else high
     if not 1 <= stored <= allocated:
         raise Refusal("unsupported-pixels", f"{stored} bits are stored in {allocated}", AGAIN)
+    signed, planar, num_frames = (
+        whole(dataset, name) or 0 for name in ("PixelRepresentation", "PlanarConfiguration", "NumberOfFrames")
+    )
+    if signed not in (0, 1) or planar not in (0, 1) or num_frames < 0:
+        raise Refusal("unsupported-pixels", "the header says of the pixels' layout what the standard does not know", AGAIN)
     facts = Facts(
         kind=kind, modality="", instance="", syntax=parsed.syntax, size=parsed.size, digest=parsed.digest,
         offset=parsed.offset, length=-1 if parsed.length == UNDEFINED else parsed.length,
         swapped=parsed.syntax == codes.BIG and allocated == 8 and parsed.vr == "OW",
         rows=rows, columns=columns, samples=samples, photometric=photometric,
-        planar=whole(dataset, "PlanarConfiguration") or 0, allocated=allocated, stored=stored, high_bit=high,
-        signed=whole(dataset, "PixelRepresentation") == 1,
-        num_frames=max(whole(dataset, "NumberOfFrames") or 1, 1),
+        planar=planar, allocated=allocated, stored=stored, high_bit=high, signed=signed == 1,
+        num_frames=max(num_frames, 1),
         lookup=bool(dataset.get("ModalityLUTSequence")),
     )
     if parsed.syntax in codes.NATIVE:

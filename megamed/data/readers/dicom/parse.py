@@ -116,7 +116,7 @@ def parse(path: Path, tags: list[int], start_bytes: int = 0) -> Parsed:
         try:
             with quiet():
                 return _parse(file, size, tags, start_bytes)
-        except Refusal:
+        except (MemoryError, Refusal):
             raise
         except Exception as error:  # a damaged file makes pydicom raise whatever its bytes lead it to
             if isinstance(error, OSError) and error.errno is not None:  # pydicom's own have no number

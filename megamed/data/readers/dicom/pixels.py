@@ -48,6 +48,8 @@ def colours(picture_HW: np.ndarray, header: FileHeader) -> np.ndarray:
     try:
         with quiet():
             rgb = apply_color_lut(picture_HW, dataset)
+    except MemoryError:
+        raise
     except Exception as error:
         raise Refusal("undecodable", f"the palette is damaged ({type(error).__name__})", AGAIN, header.path) from None
     return rgb if rgb.dtype == np.uint8 else (rgb >> 8).astype(np.uint8)
@@ -65,6 +67,8 @@ def modality_table(header: FileHeader) -> tuple[int, np.ndarray]:
         table = np.array(data, dtype=np.float64)[: count or 1 << 16]
         if len(table) != (count or 1 << 16):
             raise ValueError("fewer entries than the descriptor says")
+    except MemoryError:
+        raise
     except Exception as error:
         reason = f"the look-up table is damaged ({type(error).__name__})"
         raise Refusal("undecodable", reason, AGAIN, header.path) from None
@@ -158,6 +162,9 @@ def _fragments(stream: BinaryIO, facts: Facts) -> tuple[list[tuple[int, int]], l
             raise Refusal("truncated", "the file ends within its compressed pixels", AGAIN)
         found.append((at + 8, length))
         at += 8 + length
+    else:
+        if facts.length < 0:
+            raise Refusal("truncated", "the file ends before the end of its compressed pixels", AGAIN)
     if len(found) < 2:
         raise Refusal("truncated", "the file ends before its compressed pixels", AGAIN)
     start, length = found[0]
