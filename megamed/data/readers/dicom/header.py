@@ -170,7 +170,7 @@ def _pixels(parsed: Parsed, kind: codes.ObjectKind) -> Facts:
         whole(dataset, name) or 0 for name in ("PixelRepresentation", "PlanarConfiguration", "NumberOfFrames")
     )
     if signed not in (0, 1) or planar not in (0, 1) or num_frames < 0:
-        raise Refusal("unsupported-pixels", "the header says of the pixels' layout what the standard does not know", AGAIN)
+        raise Refusal("unsupported-pixels", "the header lays the pixels out as the standard does not", AGAIN)
     facts = Facts(
         kind=kind, modality="", instance="", syntax=parsed.syntax, size=parsed.size, digest=parsed.digest,
         offset=parsed.offset, length=-1 if parsed.length == UNDEFINED else parsed.length,
