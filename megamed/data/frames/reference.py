@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -38,9 +38,16 @@ Interpolation = Literal["cubic", "linear"]
 REACH = {"cubic": 2, "linear": 1}
 NORMAL_SCALE = tuple(1 / std for std in IMAGENET_STD)
 NORMAL_SHIFT = tuple(-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
+NORMAL_WHITE = tuple(scale + shift for scale, shift in zip(NORMAL_SCALE, NORMAL_SHIFT, strict=True))
 
-# Of a block; and what a call of BLAS costs, in multiplications of weights with rows of pixels.
-_MOST_ROWS, _CALL = 32, 100
+# Rows of a block at most, and what a call of BLAS costs in weights: in products along the rows and along the columns.
+_MOST_ROWS, _CALL_ROWS, _CALL_COLUMNS = 32, 100, 150
+# Rows of a frame that are made together, so that all that is needed for them stays in a core's own cache.
+_STRIP = 112
+# Each thread's workspace for the last size of picture: memory that is taken anew for every frame costs as much as the
+# arithmetic. That of large pictures is let go: a thread would keep a hundred MB for a mammogram.
+_own = threading.local()
+_KEPT_PIXELS = 1 << 20
 
 
 def margin(length: float, size: int, interpolation: Interpolation) -> int:
@@ -106,8 +113,8 @@ class _Band:
 
 
 @lru_cache(maxsize=512)
-def _band(num_in: int, start: float, length: float, num_out: int, interpolation: Interpolation) -> _Band:
-    """The blocks of the size for which the products are cheapest."""
+def _band(num_in: int, start: float, length: float, num_out: int, interpolation: Interpolation, call: int) -> _Band:
+    """The blocks of the size for which the products are cheapest; a call of BLAS costs as much as `call` weights."""
     matrix = resize_matrix(num_in, start, length, num_out, interpolation)
     used = matrix != 0
     firsts, lasts = used.argmax(axis=1), num_in - used[:, ::-1].argmax(axis=1)
@@ -118,7 +125,7 @@ def _band(num_in: int, start: float, length: float, num_out: int, interpolation:
         for step in {math.floor(rows * length / num_out), math.ceil(rows * length / num_out)}:
             along = step * np.arange(len(starts))
             first, last = int((low - along).min()), int((high - along).max())
-            cost = len(starts) * (rows * (last - first) + _CALL)
+            cost = len(starts) * (rows * (last - first) + call)
             if best is None or cost < best[0]:
                 best = (cost, rows, step, first, last)
     assert best is not None
@@ -146,85 +153,126 @@ def pixels(
         augmentation: how it is changed; None for not at all.
         out_CHW: where it is written, float32 [3, size, size].
     """
-    windows, planes = raw.windows, _planes(raw, out_CHW.shape[1], interpolation)
-    if augmentation is not None:
-        shown = [_scaled(plane_HW, window) for plane_HW, window in zip(planes, windows, strict=True)]
-        planes, windows = iter(augmentation.apply(np.stack(shown))), ((0.0, 1.0),) * len(windows)
-    made_HW = np.empty(out_CHW.shape[1:], np.float32)
-    for channel, (scale, shift) in enumerate(zip(NORMAL_SCALE, NORMAL_SHIFT, strict=True)):
-        if channel < len(windows):  # of one plane, all channels are made
-            (low, high), plane_HW = windows[channel], next(planes)
-        # From the window to 0 to 1 and to the normalised frame in one.
-        np.multiply(plane_HW, np.float32(scale / (high - low)), out=made_HW)
-        np.add(made_HW, np.float32(shift - low * scale / (high - low)), out=out_CHW[channel])
+    size, windows = out_CHW.shape[1], raw.windows
+    normal = [_Target(plane_HW, *ends) for plane_HW, *ends in zip(out_CHW, NORMAL_SHIFT, NORMAL_WHITE, strict=True)]
+    if augmentation is None:
+        _draw(raw, size, interpolation, [normal] if len(windows) == 1 else [[target] for target in normal])
+        return
+    planes_PHW = np.empty((len(windows), size, size), np.float32)
+    _draw(raw, size, interpolation, [[_Target(plane_HW, 0.0, 1.0)] for plane_HW in planes_PHW])
+    changed_PHW = augmentation.apply(np.clip(planes_PHW, 0, 1, out=planes_PHW))
+    for channel, target in enumerate(normal):
+        target.write(changed_PHW[min(channel, len(windows) - 1)], (0.0, 1.0), slice(None), np.empty_like(planes_PHW[0]))
 
 
-def _scaled(plane_HW: np.ndarray, window: Window) -> np.ndarray:
-    low, high = window
-    return np.clip((plane_HW - np.float32(low)) * np.float32(1 / (high - low)), 0, 1)
+@dataclass(frozen=True, eq=False)
+class _Target:
+    """Where a plane goes, and what black and white become there."""
+
+    out_HW: np.ndarray
+    black: float
+    white: float
+
+    def write(self, values_HW: np.ndarray, window: Window, rows: slice, scaled_HW: np.ndarray) -> None:
+        """Put values of a window into some rows; `scaled_HW` is memory of the values' size."""
+        low, high = window
+        scale = (self.white - self.black) / (high - low)
+        np.multiply(values_HW, np.float32(scale), out=scaled_HW)
+        np.add(scaled_HW, np.float32(self.black - low * scale), out=self.out_HW[rows])
 
 
-def _planes(raw: RawFrame, size: int, interpolation: Interpolation) -> Iterator[np.ndarray]:
-    """Each plane within its window, in the units of the voxels, [size, size]; the next one takes its memory.
+def _draw(raw: RawFrame, size: int, interpolation: Interpolation, targets: Sequence[Sequence[_Target]]) -> None:
+    """Put each plane, windowed and resized, where it is wanted.
 
-    Weights add up to 1, so values may be brought from the window to 0 to 1 after they are resized, of which there are
-    fewer.
+    Weights add up to 1, so values may be brought from the window to where black and white lie after they are resized,
+    of which there are fewer.
     """
-    channels_CHW = raw.voxels_CHW
-    num_rows, num_columns = channels_CHW.shape[1:]
+    num_rows, num_columns = raw.voxels_CHW.shape[1:]
     top, left, height, width = raw.box
-    bands = _band(num_rows, top, height, size, interpolation), _band(num_columns, left, width, size, interpolation)
+    vertical = _band(num_rows, top, height, size, interpolation, _CALL_ROWS)
+    horizontal = _band(num_columns, left, width, size, interpolation, _CALL_COLUMNS)
     space = getattr(_own, "space", None)
-    if space is None or (space.vertical, space.horizontal) != bands:
-        space = _Workspace(num_rows, num_columns, size, *bands)
+    if space is None or (space.vertical, space.horizontal) != (vertical, horizontal):
+        space = _Workspace(num_rows, num_columns, size, vertical, horizontal)
         _own.space = space if num_rows * num_columns <= _KEPT_PIXELS else None
-    for index, (low, high) in enumerate(raw.windows):
-        if index < len(channels_CHW):
-            space.values_HW[...] = channels_CHW[index]
-        yield space.plane(low, high, interpolation)
+    for strip in space.strips:
+        for index, window in enumerate(raw.windows):
+            if index < len(raw.voxels_CHW):
+                strip.values[...] = raw.voxels_CHW[index, strip.source]
+            low, high = np.float32(window[0]), np.float32(window[1])
+            np.clip(strip.values, low, high, out=strip.clipped)
+            np.matmul(strip.weights, strip.clipped_blocks, out=strip.half_blocks)
+            np.matmul(strip.half_columns, horizontal.transposed, out=strip.plane_columns)
+            if interpolation == "cubic":  # its kernel overshoots
+                np.clip(strip.plane, low, high, out=strip.plane)
+            for target in targets[index]:
+                target.write(strip.plane, window, strip.rows, strip.scaled)
 
 
-# Each thread's workspace for the last size of picture: memory that is taken anew for every frame costs as much as the
-# arithmetic. That of large pictures is let go: a thread would keep a hundred MB for a mammogram.
-_own = threading.local()
-_KEPT_PIXELS = 1 << 20
+@dataclass(frozen=True, eq=False)
+class _Strip:
+    """Some rows of a frame on their way: voxels, voxels within the window, rows resized, columns too, and the result.
+
+    Attributes:
+        source: rows of the voxels.
+        rows: of the frame.
+        weights: of the rows.
+        values, clipped: [H, W] of the voxels.
+        clipped_blocks, half_blocks: [blocks, H, W], in and out of the first product.
+        half_columns, plane_columns: [blocks, H, W], in and out of the second.
+        plane, scaled: [H, W] of the frame.
+    """
+
+    source: slice
+    rows: slice
+    weights: np.ndarray
+    values: np.ndarray
+    clipped: np.ndarray
+    clipped_blocks: np.ndarray
+    half_blocks: np.ndarray
+    half_columns: np.ndarray
+    plane_columns: np.ndarray
+    plane: np.ndarray
+    scaled: np.ndarray
 
 
 class _Workspace:
-    """Memory for one plane's way from voxels to pixels, small enough to stay in a processor's cache.
+    """Memory for a plane's way from voxels to pixels.
 
     Args:
         num_rows, num_columns: of the voxels.
-        size: edge of the plane.
+        size: edge of the frame.
         vertical, horizontal: the resize matrices.
     """
 
     def __init__(self, num_rows: int, num_columns: int, size: int, vertical: _Band, horizontal: _Band):
         self.vertical, self.horizontal = vertical, horizontal
-        self.values_HW = np.empty((num_rows, num_columns), np.float32)
-        whole_HW = np.zeros((vertical.before + num_rows + vertical.after, num_columns), np.float32)
-        half_HW = np.zeros((vertical.num_out, horizontal.before + num_columns + horizontal.after), np.float32)
-        plane_HW = np.empty((size, horizontal.num_out), np.float32)
-        columns = slice(horizontal.before, horizontal.before + num_columns)
-        self._clipped_HW = whole_HW[vertical.before : vertical.before + num_rows]
-        self._plane_HW = plane_HW[:, :size]
-        # Blocks, as views: [blocks, rows, columns].
-        self._taken_by_rows = _windows(whole_HW, vertical, axis=0)
-        self._half = half_HW[:, columns].reshape(*vertical.weights.shape[:2], num_columns)
-        self._taken_by_columns = _windows(half_HW[:size], horizontal, axis=1)
-        self._plane = plane_HW.reshape(size, *horizontal.weights.shape[:2]).transpose(1, 0, 2)
+        num_blocks, block_rows, block_width = vertical.weights.shape
+        values = np.empty((num_rows, num_columns), np.float32)
+        clipped = np.zeros((vertical.before + num_rows + vertical.after, num_columns), np.float32)
+        half = np.zeros((vertical.num_out, horizontal.before + num_columns + horizontal.after), np.float32)
+        plane, scaled = np.empty((size, horizontal.num_out), np.float32), np.empty((size, size), np.float32)
+        inner = half[:, horizontal.before : horizontal.before + num_columns]
+        clipped_blocks = _taken(clipped, vertical, axis=0)
+        half_blocks = inner.reshape(num_blocks, block_rows, num_columns)
+        half_columns = _taken(half[:size], horizontal, axis=1)
+        plane_columns = plane.reshape(size, *horizontal.transposed.shape[::2]).transpose(1, 0, 2)
+        self.strips = []
+        step = max(1, _STRIP // block_rows)
+        for first in range(0, num_blocks, step):
+            last = min(first + step, num_blocks)
+            blocks, rows = slice(first, last), slice(first * block_rows, min(last * block_rows, size))
+            top = vertical.start + first * vertical.step - vertical.before
+            bottom = vertical.start + (last - 1) * vertical.step + block_width - vertical.before
+            source = slice(max(top, 0), min(bottom, num_rows))
+            self.strips.append(_Strip(
+                source, rows, vertical.weights[blocks], values[source],
+                clipped[vertical.before + source.start : vertical.before + source.stop], clipped_blocks[blocks],
+                half_blocks[blocks], half_columns[:, rows], plane_columns[:, rows], plane[rows, :size], scaled[rows],
+            ))
 
-    def plane(self, low: float, high: float, interpolation: Interpolation) -> np.ndarray:
-        """`values_HW` within a window, resized."""
-        np.clip(self.values_HW, np.float32(low), np.float32(high), out=self._clipped_HW)
-        np.matmul(self.vertical.weights, self._taken_by_rows, out=self._half)
-        np.matmul(self._taken_by_columns, self.horizontal.transposed, out=self._plane)
-        if interpolation == "cubic":  # its kernel overshoots
-            np.clip(self._plane_HW, np.float32(low), np.float32(high), out=self._plane_HW)
-        return self._plane_HW
 
-
-def _windows(values_HW: np.ndarray, band: _Band, axis: int) -> np.ndarray:
+def _taken(values_HW: np.ndarray, band: _Band, axis: int) -> np.ndarray:
     """What each block of a band takes in along an axis, [blocks, H, W], as a view."""
     num_blocks, _, width = band.weights.shape
     shape = [num_blocks, *values_HW.shape]
