@@ -33,6 +33,7 @@ from megamed.data.readers.dicom.facts import AGAIN, Facts
 
 _START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC} | {0xF7}
 _END = b"\xff\xd9"
+_START_OF_TILE = b"\xff\x90"
 
 # Behind the end marker stand at most a byte or two of padding; some writers pad more.
 _PADDING = 64
@@ -152,6 +153,7 @@ def _decode(stream: bytes, facts: Facts) -> np.ndarray:
         raise Refusal("undecodable", "a picture that does not begin as its coding does", AGAIN)
     check_size(size, facts)
     if facts.syntax in codes.JPEG_2000:
+        _check_tiles(stream)
         decoded = openjpeg.decode(stream)
     elif facts.syntax in codes.JPEG_LS:
         decoded = _jpeg_ls(stream, size)
@@ -265,9 +267,35 @@ def _look_at_jpeg(stream: bytes) -> StreamSize | None:
 
 def _look_at_jpeg_2000(stream: bytes) -> StreamSize | None:
     """The SIZ segment (ISO 15444-1, A.5.1), within the boxes of a JP2 file where there are some."""
-    at = stream.find(b"jp2c") + 4 if stream.startswith(b"\x00\x00\x00\x0cjP  ") else 0
+    at = _codestream(stream)
     if stream[at : at + 4] != b"\xff\x4f\xff\x51":
         return None
     columns, rows, left, top = struct.unpack_from(">4L", stream, at + 8)
     samples, bits = struct.unpack_from(">HB", stream, at + 40)
     return StreamSize(rows - top, columns - left, samples, (bits & 0x7F) + 1, signed=bool(bits & 0x80))
+
+
+def _codestream(stream: bytes) -> int:
+    """Where JPEG 2000 begins."""
+    return stream.find(b"jp2c") + 4 if stream.startswith(b"\x00\x00\x00\x0cjP  ") else 0
+
+
+def _check_tiles(stream: bytes) -> None:
+    """Walk the tile-parts (ISO 15444-1, A.4.2): OpenJPEG leaves tiles that are not there empty, and says nothing.
+
+    Raises:
+        Refusal: a tile is missing, or cut.
+    """
+    at = _codestream(stream)
+    right, bottom, _, _, width, height, left, top = struct.unpack_from(">8L", stream, at + 8)
+    wanted = -(-(right - left) // width) * -(-(bottom - top) // height)
+    at += 2
+    while stream[at : at + 2] != _START_OF_TILE:
+        at += 2 + struct.unpack_from(">H", stream, at + 2)[0]
+    tiles = set()
+    while stream[at : at + 2] == _START_OF_TILE:
+        tile, length = struct.unpack_from(">HL", stream, at + 4)
+        tiles.add(tile)
+        at += length or len(stream) - at  # the last one may leave its length open
+    if tiles != set(range(wanted)) or at > len(stream):
+        raise Refusal("truncated", "a compressed picture without some of its tiles", AGAIN)

@@ -149,10 +149,14 @@ def _pixels(parsed: Parsed, kind: codes.ObjectKind) -> Facts:
                       "export the study in another transfer syntax, uncompressed or JPEG 2000")
     rows, columns = whole(dataset, "Rows"), whole(dataset, "Columns")
     samples, allocated = whole(dataset, "SamplesPerPixel") or 1, whole(dataset, "BitsAllocated")
-    photometric = text(dataset, "PhotometricInterpretation").upper() or "MONOCHROME2"
+    stored, signed = whole(dataset, "BitsStored"), whole(dataset, "PixelRepresentation")
+    photometric = text(dataset, "PhotometricInterpretation").upper()
     if not parsed.offset:
         raise Refusal("no-pixels", "an image without its pixels", AGAIN)
-    if not rows or not columns or not allocated or not parsed.whole_numbers:
+    if (
+        not rows or not columns or not allocated or not stored or signed is None or not photometric
+        or not parsed.whole_numbers
+    ):
         raise Refusal("unsupported-pixels", "the header does not say how the pixels are laid out", AGAIN)
     grey = samples == 1 and photometric in _GREY
     colour = (samples == 3 or (samples == 1 and photometric == "PALETTE COLOR")) and photometric in _COLOUR
@@ -161,14 +165,11 @@ def _pixels(parsed: Parsed, kind: codes.ObjectKind) -> Facts:
                       "export them as grey values, or as RGB of 8 bits")
     if photometric in ("YBR_RCT", "YBR_ICT") and parsed.syntax not in codes.JPEG_2000:
         raise Refusal("unsupported-pixels", "colours of JPEG 2000 in another coding", AGAIN)
-    stored = whole(dataset, "BitsStored") or allocated
     high = whole(dataset, "HighBit")
     high = stored - 1 if high is None or not stored - 1 <= high < allocated else high
     if not 1 <= stored <= allocated:
         raise Refusal("unsupported-pixels", f"{stored} bits are stored in {allocated}", AGAIN)
-    signed, planar, num_frames = (
-        whole(dataset, name) or 0 for name in ("PixelRepresentation", "PlanarConfiguration", "NumberOfFrames")
-    )
+    planar, num_frames = whole(dataset, "PlanarConfiguration") or 0, whole(dataset, "NumberOfFrames") or 0
     if signed not in (0, 1) or planar not in (0, 1) or num_frames < 0:
         raise Refusal("unsupported-pixels", "the header lays the pixels out as the standard does not", AGAIN)
     facts = Facts(
