@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -225,7 +226,7 @@ def dicom_table() -> Iterator[str]:
             info, voxels = row.series.info, row.series.voxels_TSHW
             yield (f"| {name} | {row.syntax} | {info.modality} {info.kind}, {info.dtype} "
                    f"| {' x '.join(map(str, info.shape))} | {voxels.min():g} to {voxels.max():g} "
-                   f"| {row.difference:g} | |")
+                   f"| {'no other decoder' if math.isnan(row.difference) else f'{row.difference:g}'} | |")
         elif row.refusal is not None:
             yield f"| {name} | {row.syntax} | | | | | `{row.refusal.code}`: {row.refusal.reason} |"
         else:
