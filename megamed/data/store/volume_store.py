@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,8 @@ FORMAT = "megamed-volume-store"
 VERSION = 1
 
 _STORE_FILE = "store.json"
+ASIDE = f".{_STORE_FILE}."
+"""How files begin that are to become it."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ class VolumeStore:
                 raise UserError(f"{root} is a file; give the folder of a volume store") from None
             if any(not name.startswith(".") for name in os.listdir(folder)):
                 raise UserError(f"{root} is neither empty nor a volume store; give a new folder")
-            _write(folder, {"format": FORMAT, "version": VERSION})
+            with suppress(FileNotFoundError):  # another process has created it, and tidied up
+                _write(folder, {"format": FORMAT, "version": VERSION})
         return cls(root)
 
     def declare(self, deidentified: dict[str, object], key: str) -> None:
@@ -162,7 +166,7 @@ class VolumeStore:
 
 
 def _write(folder: Path, values: dict[str, object]) -> None:
-    aside = folder / f".{_STORE_FILE}.{os.getpid()}"  # another process may be creating it, too
+    aside = folder / f"{ASIDE}{os.getpid()}"  # another process may be creating it, too
     aside.write_text(json.dumps(values) + "\n")
     index.replace(aside, folder / _STORE_FILE)
 

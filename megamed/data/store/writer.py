@@ -32,7 +32,7 @@ from megamed.data.readers import Identity
 from megamed.data.series import DTYPES, Series
 from megamed.data.store import index
 from megamed.data.store.record import HEADER, VOXELS, SeriesRecord, is_series_name, read_record
-from megamed.data.store.volume_store import VolumeStore
+from megamed.data.store.volume_store import ASIDE, VolumeStore
 from megamed.utils import UserError
 
 UNFINISHED = ".unfinished"
@@ -163,6 +163,8 @@ class StoreWriter:
     def _clear(self) -> None:
         """Put back what a killed writer was about to replace, and remove the rest of what it left."""
         self._unfinished.mkdir(exist_ok=True)
+        for aside in self._root.glob(f"{ASIDE}*"):
+            aside.unlink(missing_ok=True)
         for folder in self._unfinished.iterdir():
             place = index.folder_of(self._root, folder.name.removesuffix(_REPLACED))
             if folder.name.endswith(_REPLACED) and not place.exists():

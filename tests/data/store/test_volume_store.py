@@ -132,6 +132,13 @@ def test_new_series_that_a_killed_replacement_left_without_a_place_is_put_back(t
     assert tree(tmp_path) == before
 
 
+def test_what_a_kill_left_of_store_json_is_removed(tmp_path):
+    (tmp_path / ".store.json.123").write_bytes(b"")
+    with StoreWriter(VolumeStore.create(tmp_path)):
+        pass
+    assert not list(tmp_path.glob(".store.json*"))
+
+
 def test_one_writer_and_many_readers(tmp_path):
     store = VolumeStore.create(tmp_path)
     with StoreWriter(store) as writer:
