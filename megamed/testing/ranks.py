@@ -14,7 +14,6 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-
 # Each gloo group has threads that wake all the time, and Megatron's MoE layers keep theirs for good: a process with
 # more of them than this is replaced. A new one costs a fork.
 _MOST_THREADS = 24
