@@ -247,7 +247,7 @@ def straightened(path: Path) -> io.BytesIO:
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset.set_pixel_data(pixels, dataset.PhotometricInterpretation, allocated, generate_instance_uid=False)
     file = io.BytesIO()
-    dataset.save_as(file, implicit_vr=False, little_endian=True)
+    pydicom.dcmwrite(file, dataset, implicit_vr=False, little_endian=True, force_encoding=True)
     file.seek(0)
     return file
 

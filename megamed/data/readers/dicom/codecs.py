@@ -16,6 +16,7 @@ of a sign; elsewhere the header's PixelRepresentation decides.
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,9 +32,12 @@ from megamed.data.readers.base import Refusal
 from megamed.data.readers.dicom import codes
 from megamed.data.readers.dicom.facts import AGAIN, Facts
 
+_START_OF_SCAN = 0xDA
 _START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC} | {0xF7}
 _END = b"\xff\xd9"
 _START_OF_TILE = b"\xff\x90"
+# Within a scan stand restart markers, fill bytes, and 0xFF with a zero behind it.
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
 # Behind the end marker stand at most a byte or two of padding; some writers pad more.
 _PADDING = 64
@@ -158,6 +162,7 @@ def _decode(stream: bytes, facts: Facts) -> np.ndarray:
     elif facts.syntax in codes.JPEG_LS:
         decoded = _jpeg_ls(stream, size)
     else:
+        _check_scans(stream)
         decoded = _jpeg(stream, size, facts.syntax)
     if decoded.shape[:2] != (rows, columns):
         raise Refusal("undecodable", "a picture that decodes to another size", AGAIN)
@@ -299,3 +304,23 @@ def _check_tiles(stream: bytes) -> None:
         at += length or len(stream) - at  # the last one may leave its length open
     if tiles != set(range(wanted)) or at > len(stream):
         raise Refusal("truncated", "a compressed picture without some of its tiles", AGAIN)
+
+
+def _check_scans(stream: bytes) -> None:
+    """Walk the scans (ISO 10918-1, B.2.3): of a component that is in none, GDCM returns what was in memory before.
+
+    Raises:
+        Refusal: a component is in no scan.
+    """
+    wanted: set[int] = set()
+    scanned: set[int] = set()
+    at = 2
+    while (found := _MARKER.search(stream, at)) and stream[found.start() + 1] != _END[1]:
+        at, marker = found.end(), stream[found.start() + 1]
+        if marker in _START_OF_FRAME:
+            wanted.update(stream[at + 8 : at + 8 + 3 * stream[at + 7] : 3])
+        elif marker == _START_OF_SCAN:
+            scanned.update(stream[at + 3 : at + 3 + 2 * stream[at + 2] : 2])
+        at += struct.unpack_from(">H", stream, at)[0]
+    if wanted != scanned:
+        raise Refusal("undecodable", "a compressed picture without some of its colours", AGAIN)
