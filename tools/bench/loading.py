@@ -32,6 +32,7 @@ RIM_PIXELS = 3
 
 OURS = "megamed"
 WARM = f"{OURS}, warm"
+ALONE = ", 0 workers"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,7 +49,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", choices=["cold", "warm", "other"], default=["cold", "warm", "other"],
                         help="what is timed (default: all)")
     parser.add_argument("--repetitions", type=positive, default=7, help="timed turns of each side (default: 7)")
-    parser.add_argument("--warmup", type=int, default=1, help="turns before them (default: 1)")
+    parser.add_argument("--warmup", type=int, default=0, help="turns before them (default: 0)")
     return parser.parse_args(arguments)
 
 
@@ -190,23 +191,30 @@ def run_epoch(loader: Any, _: int) -> None:
 
 
 def report(times: dict[str, Any], stages: dict[str, str], ratio: Callable[..., tuple[float, float, float]]) -> None:
-    """How many times as many slices per second megamed makes: as each form of a stage, and as the best of them."""
+    """How many times as many slices per second megamed makes: as each form of a stage, and as the best of them.
+
+    By wall time each side has the number of workers that it is fastest with. Processor time is that of one process
+    without workers, so it does not count what else the machine does.
+    """
 
     def median(name: str) -> float:
         return statistics.median(times[name].wall)
+
+    def text(clock: str, theirs: str, ours: str) -> str:
+        return "{:.2f} ({:.2f} to {:.2f})".format(*ratio(getattr(times[theirs], clock), getattr(times[ours], clock)))
 
     for stage in dict.fromkeys(stages.values()):
         names = [name for name, its in stages.items() if its == stage]
         theirs = [name for name in names if not name.startswith(OURS)]
         # What is neither cold nor a volume on a disk is compared with megamed's frames from a disk.
-        ours = min((name for name in names if name.startswith(OURS)), key=median, default=WARM)
+        all_ours = [name for name in names if name.startswith(OURS)] or [WARM]
+        ours, alone = min(all_ours, key=median), next((n for n in all_ours if n.endswith(ALONE)), WARM)
         for name in theirs:
-            print("{:6.2f} ({:.2f} to {:.2f}) times the slices per second of ".format(
-                *ratio(times[name].wall, times[ours].wall)) + f"MONAI, {stage}: {name}")
+            cpu = f", by processor time {text('cpu', name, alone)}" if name.endswith(ALONE) else ""
+            print(f"{text('wall', name, ours):>22s} times the slices per second of MONAI, {stage}: {name}{cpu}")
         if stage != "other" and theirs:
             best = min(theirs, key=median)
-            middle, low, high = ratio(times[best].wall, times[ours].wall)
-            print(f"{ours} has {middle:.2f} ({low:.2f} to {high:.2f}) times the speed of MONAI at its best, {best}")
+            print(f"{ours} has {text('wall', best, ours)} times the speed of MONAI at its best, {best}")
 
 
 def measure(args: argparse.Namespace, scratch: Path) -> None:
@@ -240,8 +248,10 @@ def measure(args: argparse.Namespace, scratch: Path) -> None:
             name = f"{form.name}, {workers} workers"
             sides[name] = partial(run_epoch, loading_monai.loader(form, order, workers))
             stages[name] = form.stage
-    times = take_turns(sides, args.warmup, args.repetitions)
-    report(times, stages, ratio)
+    # Before each timed pass one that does not count: the others' turns are long enough to push what a side needs out of
+    # the caches.
+    turns = {f"{prefix}{name}": side for name, side in sides.items() for prefix in ("before ", "")}
+    report(take_turns(turns, args.warmup, args.repetitions), stages, ratio)
 
 
 def main(args: argparse.Namespace) -> None:

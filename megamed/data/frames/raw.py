@@ -23,7 +23,7 @@ from megamed.utils import UserError
 T = TypeVar("T")
 
 # Open arrays and films, and decoded pictures, that are kept for the frames that follow.
-_OPEN_ARRAYS, _OPEN_FILMS, _PICTURES = 64, 4, 16
+_OPEN_ARRAYS, _OPEN_FILMS, _PICTURES = 64, 4, 4
 
 Box = tuple[float, float, float, float]
 

@@ -259,3 +259,19 @@ def test_a_picture_is_decoded_once_for_all_its_tiles(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "open", lambda path: opened.append(Path(path).name) or real(path))
     assert len(frames) == 12 and make().load(frames).shape[0] == 12
     assert opened == ["p.png"]
+
+
+def test_memory_is_used_again_when_nothing_refers_to_it(frames):
+    loader = make()
+    first = loader.load(frames[:6])
+    place, one = first.data_ptr(), first[3]
+    wanted = first.clone()
+    assert loader.load(frames[6:12]).data_ptr() != place
+    assert torch.equal(first, wanted)
+    del first
+    assert loader.load(frames[6:12]).data_ptr() != place  # a part of it is still in use
+    assert torch.equal(one, wanted[3])
+    del one
+    again = [loader.load(frames[:6]) for _ in range(2)]
+    assert place in [frames_NCHW.data_ptr() for frames_NCHW in again]
+    assert all(torch.equal(frames_NCHW, wanted) for frames_NCHW in again)
