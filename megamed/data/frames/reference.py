@@ -42,8 +42,6 @@ NORMAL_WHITE = tuple(scale + shift for scale, shift in zip(NORMAL_SCALE, NORMAL_
 
 # Rows of a block at most, and what a call of BLAS costs in weights: in products along the rows and along the columns.
 _MOST_ROWS, _CALL_ROWS, _CALL_COLUMNS = 32, 100, 150
-# Rows of a frame that are made together, so that all that is needed for them stays in a core's own cache.
-_STRIP = 112
 # Each thread's workspace for the last size of picture: memory that is taken anew for every frame costs as much as the
 # arithmetic. That of large pictures is let go: a thread would keep a hundred MB for a mammogram.
 _own = threading.local()
@@ -162,7 +160,7 @@ def pixels(
     _draw(raw, size, interpolation, [[_Target(plane_HW, 0.0, 1.0)] for plane_HW in planes_PHW])
     changed_PHW = augmentation.apply(np.clip(planes_PHW, 0, 1, out=planes_PHW))
     for channel, target in enumerate(normal):
-        target.write(changed_PHW[min(channel, len(windows) - 1)], (0.0, 1.0), slice(None), np.empty_like(planes_PHW[0]))
+        target.write(changed_PHW[min(channel, len(windows) - 1)], (0.0, 1.0), np.empty_like(planes_PHW[0]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,12 +171,12 @@ class _Target:
     black: float
     white: float
 
-    def write(self, values_HW: np.ndarray, window: Window, rows: slice, scaled_HW: np.ndarray) -> None:
-        """Put values of a window into some rows; `scaled_HW` is memory of the values' size."""
+    def write(self, values_HW: np.ndarray, window: Window, scaled_HW: np.ndarray) -> None:
+        """Put values of a window there; `scaled_HW` is memory of their size."""
         low, high = window
         scale = (self.white - self.black) / (high - low)
         np.multiply(values_HW, np.float32(scale), out=scaled_HW)
-        np.add(scaled_HW, np.float32(self.black - low * scale), out=self.out_HW[rows])
+        np.add(scaled_HW, np.float32(self.black - low * scale), out=self.out_HW)
 
 
 def _draw(raw: RawFrame, size: int, interpolation: Interpolation, targets: Sequence[Sequence[_Target]]) -> None:
@@ -195,49 +193,19 @@ def _draw(raw: RawFrame, size: int, interpolation: Interpolation, targets: Seque
     if space is None or (space.vertical, space.horizontal) != (vertical, horizontal):
         space = _Workspace(num_rows, num_columns, size, vertical, horizontal)
         _own.space = space if num_rows * num_columns <= _KEPT_PIXELS else None
-    for strip in space.strips:
-        for index, window in enumerate(raw.windows):
-            if index < len(raw.voxels_CHW):
-                strip.values[...] = raw.voxels_CHW[index, strip.source]
-            low, high = np.float32(window[0]), np.float32(window[1])
-            np.clip(strip.values, low, high, out=strip.clipped)
-            np.matmul(strip.weights, strip.clipped_blocks, out=strip.half_blocks)
-            np.matmul(strip.half_columns, horizontal.transposed, out=strip.plane_columns)
-            if interpolation == "cubic":  # its kernel overshoots
-                np.clip(strip.plane, low, high, out=strip.plane)
-            for target in targets[index]:
-                target.write(strip.plane, window, strip.rows, strip.scaled)
-
-
-@dataclass(frozen=True, eq=False)
-class _Strip:
-    """Some rows of a frame on their way: voxels, voxels within the window, rows resized, columns too, and the result.
-
-    Attributes:
-        source: rows of the voxels.
-        rows: of the frame.
-        weights: of the rows.
-        values, clipped: [H, W] of the voxels.
-        clipped_blocks, half_blocks: [blocks, H, W], in and out of the first product.
-        half_columns, plane_columns: [blocks, H, W], in and out of the second.
-        plane, scaled: [H, W] of the frame.
-    """
-
-    source: slice
-    rows: slice
-    weights: np.ndarray
-    values: np.ndarray
-    clipped: np.ndarray
-    clipped_blocks: np.ndarray
-    half_blocks: np.ndarray
-    half_columns: np.ndarray
-    plane_columns: np.ndarray
-    plane: np.ndarray
-    scaled: np.ndarray
+    for index, window in enumerate(raw.windows):
+        if index < len(raw.voxels_CHW):
+            space.values_HW[...] = raw.voxels_CHW[index]
+        plane_HW = space.plane(window, interpolation)
+        for target in targets[index]:
+            target.write(plane_HW, window, space.scaled_HW)
 
 
 class _Workspace:
     """Memory for a plane's way from voxels to pixels.
+
+    Few calls on much memory, rather than many on as much as a core's own cache holds: those are a tenth faster on one
+    thread, but leave other threads too little time to take Python's lock in between.
 
     Args:
         num_rows, num_columns: of the voxels.
@@ -247,29 +215,29 @@ class _Workspace:
 
     def __init__(self, num_rows: int, num_columns: int, size: int, vertical: _Band, horizontal: _Band):
         self.vertical, self.horizontal = vertical, horizontal
-        num_blocks, block_rows, block_width = vertical.weights.shape
-        values = np.empty((num_rows, num_columns), np.float32)
+        self.values_HW = np.empty((num_rows, num_columns), np.float32)
+        self.scaled_HW = np.empty((size, size), np.float32)
         clipped = np.zeros((vertical.before + num_rows + vertical.after, num_columns), np.float32)
         half = np.zeros((vertical.num_out, horizontal.before + num_columns + horizontal.after), np.float32)
-        plane, scaled = np.empty((size, horizontal.num_out), np.float32), np.empty((size, size), np.float32)
+        plane = np.empty((size, horizontal.num_out), np.float32)
         inner = half[:, horizontal.before : horizontal.before + num_columns]
-        clipped_blocks = _taken(clipped, vertical, axis=0)
-        half_blocks = inner.reshape(num_blocks, block_rows, num_columns)
-        half_columns = _taken(half[:size], horizontal, axis=1)
-        plane_columns = plane.reshape(size, *horizontal.transposed.shape[::2]).transpose(1, 0, 2)
-        self.strips = []
-        step = max(1, _STRIP // block_rows)
-        for first in range(0, num_blocks, step):
-            last = min(first + step, num_blocks)
-            blocks, rows = slice(first, last), slice(first * block_rows, min(last * block_rows, size))
-            top = vertical.start + first * vertical.step - vertical.before
-            bottom = vertical.start + (last - 1) * vertical.step + block_width - vertical.before
-            source = slice(max(top, 0), min(bottom, num_rows))
-            self.strips.append(_Strip(
-                source, rows, vertical.weights[blocks], values[source],
-                clipped[vertical.before + source.start : vertical.before + source.stop], clipped_blocks[blocks],
-                half_blocks[blocks], half_columns[:, rows], plane_columns[:, rows], plane[rows, :size], scaled[rows],
-            ))
+        self._clipped_HW = clipped[vertical.before : vertical.before + num_rows]
+        self._plane_HW = plane[:, :size]
+        # What goes into the two products and comes out of them, as views: [blocks, H, W].
+        self._clipped_blocks = _taken(clipped, vertical, axis=0)
+        self._half_blocks = inner.reshape(*vertical.weights.shape[:2], num_columns)
+        self._half_columns = _taken(half[:size], horizontal, axis=1)
+        self._plane_columns = plane.reshape(size, *horizontal.weights.shape[:2]).transpose(1, 0, 2)
+
+    def plane(self, window: Window, interpolation: Interpolation) -> np.ndarray:
+        """`values_HW` within a window, resized, [size, size]; the next one takes its memory."""
+        low, high = np.float32(window[0]), np.float32(window[1])
+        np.clip(self.values_HW, low, high, out=self._clipped_HW)
+        np.matmul(self.vertical.weights, self._clipped_blocks, out=self._half_blocks)
+        np.matmul(self._half_columns, self.horizontal.transposed, out=self._plane_columns)
+        if interpolation == "cubic":  # its kernel overshoots
+            np.clip(self._plane_HW, low, high, out=self._plane_HW)
+        return self._plane_HW
 
 
 def _taken(values_HW: np.ndarray, band: _Band, axis: int) -> np.ndarray:
