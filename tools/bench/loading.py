@@ -215,6 +215,10 @@ def report(times: dict[str, Any], stages: dict[str, str], ratio: Callable[..., t
         if stage != "other" and theirs:
             best = min(theirs, key=median)
             print(f"{ours} has {text('wall', best, ours)} times the speed of MONAI at its best, {best}")
+            unaided = [name for name in theirs if name.endswith(ALONE)]
+            if unaided:
+                best = min(unaided, key=lambda name: statistics.median(times[name].cpu))
+                print(f"{alone} has {text('cpu', best, alone)} times the speed by processor time, {best}")
 
 
 def measure(args: argparse.Namespace, scratch: Path) -> None:
