@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import socket
@@ -16,6 +15,7 @@ import pytest
 
 from megamed.checkpoint import list_checkpoints
 from tests.launch.command import SCRIPT, SMALL, Running, descendants, errors, run, start, torchrun
+from tests.small_disk import mounted
 
 # Runs the script with a rank that fails in its third step.
 FAILING = """
@@ -40,13 +40,8 @@ runpy.run_path({script!r}, run_name="__main__")
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
     """A disk of 28 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=28m", "tmpfs", str(folder)]
-    if os.geteuid() or shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root, and a system that lets it mount")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mounted(tmp_path / "disk", "28m") as folder:
+        yield folder
 
 
 def fill(folder: Path, leave: int) -> Path:
