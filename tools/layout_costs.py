@@ -177,8 +177,8 @@ def layouts(task: Task, gpus: int) -> Iterator[Layout]:
         context = gpus // (tensor * pipeline)
         if tensor * pipeline * context != gpus or task.tokens % (context * tensor):
             continue
-        tensors = sorted({1, tensor}) if language.moe.num_experts else [1]
-        for expert, expert_tensor in product(_divisors(max(language.moe.num_experts, 1)), tensors):
+        tensors = sorted({1, tensor}) if language.moe.total_experts else [1]
+        for expert, expert_tensor in product(_divisors(max(language.moe.total_experts, 1)), tensors):
             parallel = ParallelConfig(
                 tensor=tensor,
                 pipeline=pipeline,
@@ -228,9 +228,9 @@ def rank_parameters(language: LanguageConfig, parallel: ParallelConfig, stage: i
     num_dense = _num_dense_layers(language, parallel, stage)
     num_moe = num_layers - num_dense
     others = num_layers * layer + num_dense * 3 * hidden * language.intermediate_size // tensor
-    others += num_moe * (hidden * moe.num_experts + 3 * hidden * moe.shared_intermediate_size // tensor)
+    others += num_moe * (hidden * moe.total_experts + 3 * hidden * moe.shared_intermediate_size // tensor)
     expert = 3 * hidden * moe.intermediate_size // parallel.expert_tensor
-    experts = num_moe * moe.num_experts // parallel.expert * expert
+    experts = num_moe * moe.total_experts // parallel.expert * expert
     vocabulary = language.padded_vocab_size // tensor * hidden
     first, last = stage == 0, stage == parallel.pipeline - 1
     others += vocabulary * (first + (last and not (first and language.tie_embeddings))) + (hidden if last else 0)
@@ -246,7 +246,7 @@ def encoder_parameters(model: VLMConfig) -> int:
 def _num_dense_layers(language: LanguageConfig, parallel: ParallelConfig, stage: int) -> int:
     """Layers of a stage whose MLP is dense."""
     num_layers = language.num_layers // parallel.pipeline
-    if not language.moe.num_experts:
+    if not language.moe.total_experts:
         return num_layers
     return min(max(language.moe.first_dense_layers - stage * num_layers, 0), num_layers)
 
@@ -318,7 +318,7 @@ def mlp_memory(language: LanguageConfig, layout: Layout, rank_tokens: int) -> fl
     # With sequence parallelism, whole rows of input, output's gradient and input's gradient for a moment.
     whole = 3 * rank_tokens * language.hidden_size * BF16 if tensor > 1 else 0
     dense = whole + 6 * rank_tokens * language.intermediate_size // tensor * BF16
-    if not moe.num_experts:
+    if not moe.total_experts:
         return dense
     sent = rank_tokens // tensor * moe.top_k
     # An expert's input and output, and their gradients, are whole rows on all ranks that share the expert.
@@ -385,7 +385,7 @@ def layer_transfers(task: Task, work: Work, layout: Layout, machine: Machine) ->
     ring_link = machine.bandwidth(tensor * parallel.context)
     row = rank_tokens // tensor * language.hidden_size * BF16
     # A gather or scatter sends each rank's part of the row to the others.
-    num_dense = language.num_layers - (language.num_layers - moe.first_dense_layers if moe.num_experts else 0)
+    num_dense = language.num_layers - (language.num_layers - moe.first_dense_layers if moe.total_experts else 0)
     dense = num_dense / language.num_layers
     pairs = 1 + dense + (1 - dense if moe.shared_intermediate_size else 0)
     expert, expert_tensor = parallel.expert, parallel.expert_tensor

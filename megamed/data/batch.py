@@ -57,6 +57,7 @@ class Document:
         visual_positions: where the visual tokens stand, frame after frame.
         frames: the frames, in the order of their visual tokens.
         sample_id: names the sample in logs.
+        specialties: which ones the sample calls, bit i for the i-th; 0 for none.
     """
 
     sample_id: str = ""
@@ -64,6 +65,7 @@ class Document:
     loss_kinds: list[int] = field(default_factory=list)
     visual_positions: list[int] = field(default_factory=list)
     frames: list[Frame] = field(default_factory=list)
+    specialties: int = 0
 
     def add(self, tokens: Sequence[int], kind: int = NO_LOSS) -> None:
         """Append tokens that all belong to `kind`."""
@@ -87,6 +89,7 @@ class Microbatch:
         visual_positions: int64 [len(frames) * tokens per frame], where the visual tokens stand in the row.
         frames: the frames in the order of their visual tokens.
         sample_ids: one name a document, the padding left out.
+        specialty_S: int64, which specialties each token's document calls, bit i for the i-th; 0 for padding.
     """
 
     tokens_S: Tensor
@@ -99,6 +102,7 @@ class Microbatch:
     visual_positions: Tensor
     frames: list[Frame]
     sample_ids: list[str]
+    specialty_S: Tensor
 
     @property
     def end(self) -> int:
@@ -210,12 +214,14 @@ def pack(documents: Sequence[Document], seq_length: int, pad_id: int, document_m
     tokens = np.full(seq_length, pad_id, dtype=np.int64)
     kinds = np.zeros(seq_length, dtype=np.uint8)
     padding = np.ones(seq_length, dtype=bool)
+    specialties = np.zeros(seq_length, dtype=np.int64)
     visual: list[int] = []
     for document, start in zip(documents, bounds[:-1], strict=False):
         end = start + len(document.tokens)
         tokens[start:end] = document.tokens
         kinds[start : end - 1] = document.loss_kinds[1:]
         padding[start:end] = False
+        specialties[start:end] = document.specialties
         visual.extend(int(start) + position for position in document.visual_positions)
     positions = np.concatenate([np.arange(length) for length in lengths])
     return Microbatch(
@@ -229,4 +235,5 @@ def pack(documents: Sequence[Document], seq_length: int, pad_id: int, document_m
         visual_positions=torch.tensor(visual, dtype=torch.int64),
         frames=[frame for document in documents for frame in document.frames],
         sample_ids=[document.sample_id for document in documents],
+        specialty_S=torch.from_numpy(specialties),
     )

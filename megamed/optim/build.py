@@ -1,12 +1,19 @@
 """Builds Megatron's optimizer and scheduler over the language model and the frame encoder together."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megamed.optim.config import OptimConfig
@@ -41,15 +48,41 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=config.distributed,
     )
+    # A group of their own, so that they can be trained alone.
+    overrides = {
+        **get_standard_config_overrides(mcore),
+        ParamKey(attr="is_router"): ParamGroupOverride(is_router=True),  # type: ignore[typeddict-unknown-key]
+    }
     optimizers = []
     for chunks, groups in parts:
-        built = get_megatron_optimizer(mcore, chunks, use_gloo_process_groups=False, pg_collection=groups)
+        built = get_megatron_optimizer(
+            mcore, chunks, overrides, use_gloo_process_groups=False, pg_collection=groups
+        )
         optimizers += built.chained_optimizers
     if device_type() == "cpu":
         # Megatron leaves torch's AdamW at its default, which on a CPU goes from parameter to parameter in Python.
         for group in (group for part in optimizers for group in part.param_groups):
             group["fused"] = True
     return ChainedOptimizer(optimizers)
+
+
+class Scheduler(OptimizerParamScheduler):
+    """Megatron's scheduler; in the first steps all but the experts' routers has a learning rate of 0.
+
+    Args:
+        router_warmup_steps: how many steps.
+        arguments: those of `OptimizerParamScheduler`.
+    """
+
+    def __init__(self, router_warmup_steps: int, *arguments: Any, **named: Any):
+        self.router_warmup_steps = router_warmup_steps  # the constructor below asks for a learning rate
+        super().__init__(*arguments, **named)
+
+    def get_lr(self, param_group: dict) -> float:
+        """Learning rate of a group of parameters at the next step."""
+        if self.num_steps < self.router_warmup_steps and not param_group.get("is_router"):
+            return 0.0
+        return super().get_lr(param_group)
 
 
 def build_scheduler(config: OptimConfig, optimizer: ChainedOptimizer, total_steps: int) -> OptimizerParamScheduler:
@@ -60,7 +93,8 @@ def build_scheduler(config: OptimConfig, optimizer: ChainedOptimizer, total_step
         optimizer: whose parameter groups are scheduled.
         total_steps: length of the run, in optimizer steps.
     """
-    return OptimizerParamScheduler(
+    return Scheduler(
+        config.router_warmup_steps,
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,

@@ -13,6 +13,8 @@ class OptimConfig:
     min_lr: float = 3e-5
     """Learning rate at the end of the decay."""
     warmup_steps: int = 10
+    router_warmup_steps: int = 0
+    """First steps in which routers of experts alone are trained: for models that were merged from several."""
     decay_steps: int | None = None
     """Steps until `min_lr`; None takes the whole run."""
     decay: Literal["constant", "linear", "cosine"] = "cosine"

@@ -66,6 +66,8 @@ def init_language(chunks: Iterable[nn.Module], seed: int, std: float, num_layers
 
 def _draw(tensor: ShardedTensor, seed: int, std: float, num_layers: int) -> None:
     shape, region = global_region(tensor)
+    if tensor.key.endswith("router.prior"):
+        return  # set by the router, which knows its pools
     if len(shape) < 2:
         tensor.data.fill_(0.0 if tensor.key.endswith("bias") else 1.0)
         return

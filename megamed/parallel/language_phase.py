@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megamed.data import Microbatch
 from megamed.models.language import Packing
+from megamed.models.moe import routing_mask
 from megamed.models.vlm import embed_with_visual_tokens
 from megamed.ops.cross_entropy import IGNORED_LABEL
 from megamed.parallel.sequence import row_order, sequence_shards, splits_sequence
@@ -41,6 +42,8 @@ class LanguageInput:
     loss_kind_BS: Tensor
     padding_BS: Tensor
     """True where this rank's part of the row is padding; with sequence parallelism, the tensor-parallel rank's."""
+    specialty_BS: Tensor
+    """Specialties of the same tokens, bit i for the i-th."""
     packing: Packing
     rows_RH: Tensor
     """Visual tokens that fall into this rank's part of the row."""
@@ -74,6 +77,7 @@ def _trim(microbatch: Microbatch, multiple: int) -> Microbatch:
         loss_kind_S=microbatch.loss_kind_S[:length],
         position_S=microbatch.position_S[:length],
         padding_S=microbatch.padding_S[:length],
+        specialty_S=microbatch.specialty_S[:length],
         cu_seqlens=torch.cat([bounds[bounds < length], bounds.new_tensor([length])]),
     )
 
@@ -97,16 +101,20 @@ def language_input(microbatch: Microbatch, rows_RH: Tensor, mesh: Mesh) -> Langu
         return x_S[part_S].to(device)
 
     position_S = of_this_rank(microbatch.position_S)
-    padding_BS = of_this_rank(microbatch.padding_S)[None]
-    if splits_sequence(mesh):
-        # The experts' router sees this rank's part of the row alone; so must the mask.
-        padding_BS = padding_BS.chunk(mesh.config.tensor, dim=1)[mesh.language.tp.rank()].contiguous()
+    def of_this_router(x_S: Tensor) -> Tensor:
+        """With sequence parallelism, the experts' router has the tensor-parallel rank's part alone."""
+        x_BS = of_this_rank(x_S)[None]
+        if not splits_sequence(mesh):
+            return x_BS
+        return x_BS.chunk(mesh.config.tensor, dim=1)[mesh.language.tp.rank()].contiguous()
+
     return LanguageInput(
         tokens_BS=of_this_rank(microbatch.tokens_S)[None],
         position_BS=position_S[None],
         labels_BS=of_this_rank(microbatch.labels_S.masked_fill(microbatch.loss_kind_S == 0, IGNORED_LABEL))[None],
         loss_kind_BS=of_this_rank(microbatch.loss_kind_S)[None].long(),
-        padding_BS=padding_BS,
+        padding_BS=of_this_router(microbatch.padding_S),
+        specialty_BS=of_this_router(microbatch.specialty_S),
         packing=Packing.of_row(microbatch.cu_seqlens, position_S, mesh.ring.size(), mesh.ring.rank()),
         rows_RH=rows_RH,
         index_R=inside.to(device),
@@ -158,6 +166,9 @@ def _forward_step(
     decoder_input = None
     if model.pre_process:
         decoder_input = embed_with_visual_tokens(model, item.tokens_BS, item.position_BS, item.rows_RH, item.index_R)
+    routing_mask_BSX = None
+    if model.config.num_moe_experts:
+        routing_mask_BSX = routing_mask(item.padding_BS, item.specialty_BS, len(model.moe.resolved.specialties))
     output = chunk(
         item.tokens_BS,
         item.position_BS,
@@ -165,6 +176,6 @@ def _forward_step(
         decoder_input=decoder_input,
         labels=item.labels_BS if with_labels else None,
         packed_seq_params=item.packing,
-        padding_mask=item.padding_BS if model.config.num_moe_experts else None,
+        padding_mask=routing_mask_BSX,
     )
     return output, partial(finish, item=item)

@@ -123,10 +123,8 @@ def _serve(pipe: Connection) -> None:
 def _leave() -> None:
     import torch.distributed as dist
 
-    from megamed.models.moe import take_recorded_losses
     from megamed.runtime import destroy_mesh
 
-    take_recorded_losses()  # of a model that was run without a training step
     destroy_mesh()
     if dist.is_initialized():
         dist.destroy_process_group()

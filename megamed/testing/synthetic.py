@@ -24,6 +24,7 @@ class SyntheticSource:
         vocab_size: tokens to draw from.
         plan: frames of each document, by microbatch; repeated over and over.
         document_multiple: documents are filled up to a multiple of it.
+        specialties: of each document, by microbatch; both are repeated over and over.
     """
 
     def __init__(
@@ -34,10 +35,11 @@ class SyntheticSource:
         vocab_size: int = 250,
         plan: Sequence[Sequence[int]] = MIXED,
         document_multiple: int = 1,
+        specialties: Sequence[Sequence[int]] = ((0,),),
     ):
         self.seq_length, self.tokens_per_frame = seq_length, tokens_per_frame
         self.image_size, self.vocab_size, self.plan = image_size, vocab_size, plan
-        self.document_multiple = document_multiple
+        self.document_multiple, self.specialties = document_multiple, specialties
 
     def microbatch(self, index: int) -> Microbatch:
         """The microbatch with this index."""
@@ -46,6 +48,7 @@ class SyntheticSource:
         kinds = np.zeros(self.seq_length, np.uint8)
         positions = np.zeros(self.seq_length, np.int64)
         padding = np.ones(self.seq_length, bool)
+        called, calls = np.zeros(self.seq_length, np.int64), self.specialties[index % len(self.specialties)]
         visual: list[int] = []
         bounds, cursor, frames = [0], 0, []
         plan = self.plan[index % len(self.plan)]
@@ -54,6 +57,7 @@ class SyntheticSource:
             length = text + num_frames * self.tokens_per_frame
             tokens[cursor : cursor + length] = rng.integers(1, self.vocab_size, length)
             padding[cursor : cursor + length] = False
+            called[cursor : cursor + length] = calls[(len(bounds) - 1) % len(calls)]
             filled = -(-length // self.document_multiple) * self.document_multiple
             positions[cursor : cursor + filled] = np.arange(filled)
             split = text // 2  # text, frames, then labelled text
@@ -79,6 +83,7 @@ class SyntheticSource:
             visual_positions=torch.tensor(visual, dtype=torch.int64),
             frames=frames,
             sample_ids=[f"synthetic-{index}.{i}" for i in range(len(plan))],
+            specialty_S=torch.from_numpy(called),
         )
 
     def load_frames(self, frames: Sequence[FrameRef]) -> Tensor:

@@ -21,7 +21,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 
 from megamed.data import LOSS_KINDS, Frame, Microbatch
-from megamed.models.moe import AUX_LOSSES, take_recorded_losses
+from megamed.models.moe import RoutingCounts, StepStatistics, move_biases, take_statistics
 from megamed.optim import clip_by_total_norm
 from megamed.parallel import LanguageInput, PlacedModel, VisionPhase, run_schedule, trim_padding
 from megamed.runtime import Mesh, current_device
@@ -48,6 +48,8 @@ class StepReport:
     """Frames encoded, summed over all ranks: num_frames if nobody does work twice."""
     moe_losses: dict[str, float]
     """Mean over layers and microbatches of each auxiliary loss, before its coefficient."""
+    routing: RoutingCounts | None
+    """Which experts the tokens of the global batch were sent to; None for a dense model."""
 
 
 class Stepper:
@@ -98,6 +100,8 @@ class Stepper:
             raise FloatingPointError(f"the gradient norm is {norm} at loss {report.loss}")
         clip_by_total_norm(optimizer, norm)
         optimizer.step_with_ready_grads()
+        if report.routing is not None:
+            move_biases(self.model.language, self.model.language[0].config.moe_layer_freq, report.routing)
         return replace(report, grad_norm=norm)
 
     def _phases(self, microbatches: Sequence[Microbatch], load: LoadFrames) -> StepReport:
@@ -113,7 +117,7 @@ class Stepper:
         finish = partial(_loss, weights=weights * scale)
         parts = run_schedule(self.model.language, inputs, finish, with_labels=True, train=True)
         sums = self._sum_over_replicas(parts)
-        return self._report(sums, labels, counts, self._moe_losses(len(inputs)))
+        return self._report(sums, labels, counts, self._statistics(len(inputs)))
 
     def _counts(self, microbatches: Sequence[Microbatch]) -> dict[str, Any]:
         """Sizes of the global batch. Every replica counts its own; one rank of each speaks for it."""
@@ -135,20 +139,16 @@ class Stepper:
         dist.all_reduce(total)
         return total
 
-    def _moe_losses(self, num_microbatches: int) -> dict[str, float]:
-        """Means over layers and microbatches of the global batch, on every rank."""
-        config = self.model.language[0].config
-        if not config.num_moe_experts:
-            return {}
-        recorded = take_recorded_losses()
-        zero = torch.zeros((), dtype=torch.float64, device=current_device())
-        total = torch.stack([recorded.get(name, zero) for name in AUX_LOSSES])
-        dist.all_reduce(total)
-        total /= sum(config.moe_layer_freq) * num_microbatches * self.mesh.data_size
-        return {name: value for name, value in zip(AUX_LOSSES, total.tolist(), strict=True) if value}
+    def _statistics(self, num_microbatches: int) -> StepStatistics | None:
+        """What the routers of all ranks counted; None for a dense model."""
+        chunks = self.model.language
+        if not chunks[0].config.num_moe_experts:
+            return None
+        total = num_microbatches * self.mesh.data_size
+        return take_statistics(chunks, chunks[0].module.moe, chunks[0].config.moe_layer_freq, total)
 
     def _report(
-        self, sums: Tensor, labels: list[int], counts: dict[str, int], moe_losses: dict[str, float]
+        self, sums: Tensor, labels: list[int], counts: dict[str, int], statistics: StepStatistics | None
     ) -> StepReport:
         kinds = [k for k in zip(LOSS_KINDS, sums.tolist(), labels, strict=True) if k[2]]
         total_weight = sum(self.weights[name] * count for name, _, count in kinds)
@@ -157,7 +157,8 @@ class Stepper:
             loss_by_kind={name: total / count for name, total, count in kinds},
             grad_norm=None,
             num_labels=sum(labels),
-            moe_losses=moe_losses,
+            moe_losses=statistics.losses if statistics else {},
+            routing=statistics.counts if statistics else None,
             **counts,
         )
 

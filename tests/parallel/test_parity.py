@@ -7,7 +7,7 @@ import datetime
 import functools
 import os
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from megamed.models.language import AttentionConfig
+from megamed.models.moe import PoolConfig
 from megamed.optim import OptimConfig
 from megamed.runtime import ParallelConfig, build_mesh, seed_everything
 from megamed.testing.synthetic import MIXED, SyntheticSource
@@ -25,6 +26,11 @@ from megamed.testing.whole import merge, shards
 from megamed.train import JobConfig, build_job
 
 STEPS, MICROBATCHES, SEQ_LENGTH = 3, 8, 64
+
+# Pools of the rows with specialists, the specialties of documents by microbatch (bit 0 chest, bit 1 neuro): one, both,
+# none, and batches in which nobody calls a pool.
+POOLS = {"general": 4, "chest": 4, "neuro": 4}
+SPECIALTIES = ((1, 2, 0), (3, 1), (0,), (1, 1))
 
 # Larger layouts run on request.
 MAX_RANKS = 8
@@ -42,6 +48,8 @@ class Row:
     ranks: int
     parallel: dict[str, Any] = field(default_factory=dict)
     experts: int = 0
+    specialists: dict[str, Any] = field(default_factory=dict)
+    """Fields of the experts' settings; with any, the experts are pools, and documents have specialties."""
     distributed: bool = False
     language: dict[str, Any] = field(default_factory=dict)
     """Fields of the language model; the reference of a row has the same ones."""
@@ -56,6 +64,15 @@ SP = {"tensor": 2, "sequence": True}
 PP = {"pipeline": 2}
 CP = {"context": 2}
 TIED = {"tie_embeddings": True}
+BIASED = {"routing": "soft", "balance": "bias", "score_function": "sigmoid", "bias_update_rate": 0.01}
+SPECIALIST_LAYOUTS: tuple[tuple[str, int, dict[str, Any]], ...] = (
+    ("EP2", 2, {"expert": 2}),
+    ("EP4", 4, {"expert": 4}),
+    ("EP2 x TP2 + SP", 2, {"expert": 2, **SP}),
+    ("EP2 x PP2", 4, {"expert": 2, **PP}),
+    ("EP2 x CP2", 2, {"expert": 2, **CP}),
+    ("EP2 x TP2 + SP x PP2", 4, {"expert": 2, **SP, **PP}),
+)
 ROWS = (
     Row("TP2", 2, {"tensor": 2}),
     Row("TP2 + SP", 2, SP),
@@ -101,6 +118,14 @@ ROWS = (
     Row("MoE: CP2 x EP2 x PP2, recompute", 4, {**CP, "expert": 2, **PP}, experts=4, recompute=True),
     Row("MoE: CP2 x EP4 x TP2 + SP x PP2, recompute", 8, {**CP, **SP, **PP, "expert": 4}, experts=4, recompute=True),
     Row("MoE: CP2 x EP2 x ETP2 x TP2 + SP x PP2", 8, {**CP, **SP, **PP, "expert": 2, "expert_tensor": 2}, experts=4),
+    *(
+        Row(f"Specialists, {routing}: {name}", ranks, layout, specialists={"routing": routing})
+        for name, ranks, layout in SPECIALIST_LAYOUTS
+        for routing in ("soft", "hard", "free")
+    ),
+    Row("Specialists, soft, sigmoid, bias: EP2 x CP2 x DP2", 4, {**CP, "expert": 2}, specialists=BIASED),
+    Row("Specialists, hard, recompute: EP2 x PP2, allgather", 4, {**PP, "expert": 2}, specialists={"routing": "hard"},
+        recompute=True, dispatcher="allgather"),
     # conf/parallel/gpu64.yaml
     Row(
         "MoE: CP8 (ring 4 x Ulysses2) x EP2 x ETP4 x TP4 + SP x PP2",
@@ -118,6 +143,9 @@ def measure(row: Row) -> dict[str, Any]:
     """One rank's side: train three steps, and keep losses, norms, the first step's gradients and a frame count."""
     config = JobConfig()
     config.model = tiny_vlm(row.experts, **row.language)
+    if row.specialists:
+        pools = {name: PoolConfig(size) for name, size in POOLS.items()}
+        config.model.language.moe = replace(config.model.language.moe, pools=pools, **row.specialists)
     config.model.language.recompute = config.model.vision.recompute = row.recompute
     config.model.language.moe.dispatcher = row.dispatcher
     config.model.frames_in_flight = row.frames_in_flight
@@ -129,14 +157,18 @@ def measure(row: Row) -> dict[str, Any]:
     mesh = build_mesh(config.parallel, config.ulysses)
     seed_everything(1, mesh.data_rank)
     job = build_job(config, mesh)
-    source = SyntheticSource(SEQ_LENGTH, plan=((0, 0), (0,)) if row.text_only else MIXED)
+    source = SyntheticSource(
+        SEQ_LENGTH,
+        plan=((0, 0), (0,)) if row.text_only else MIXED,
+        specialties=SPECIALTIES if row.specialists else ((0,),),
+    )
     encoded = 0
 
     def count(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         nonlocal encoded
         encoded += len(inputs[0])
 
-    losses, norms, moe, gradients = [], [], [], []
+    losses, norms, moe, routing, gradients = [], [], [], [], []
     for step in range(STEPS):
         indices = range(step * MICROBATCHES + mesh.data_rank, (step + 1) * MICROBATCHES, mesh.data_size)
         microbatches = [source.microbatch(i) for i in indices]
@@ -149,7 +181,10 @@ def measure(row: Row) -> dict[str, Any]:
         losses.append(report.loss)
         norms.append(report.grad_norm)
         moe.append(report.moe_losses)
-    return {"losses": losses, "norms": norms, "moe": moe, "gradients": gradients, "encoded": encoded}
+        routing.append(report.routing and report.routing.picks)
+    return {
+        "losses": losses, "norms": norms, "moe": moe, "routing": routing, "gradients": gradients, "encoded": encoded
+    }
 
 
 @functools.cache
@@ -165,9 +200,12 @@ class References:
         self.ranks, self.known = ranks, {}
 
     def of(self, row: Row) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        key = (row.experts, tuple(sorted(row.language.items())), row.text_only)
+        key = (row.experts, str(row.specialists), tuple(sorted(row.language.items())), row.text_only)
         if key not in self.known:
-            one = Row("one process", 1, experts=row.experts, language=row.language, text_only=row.text_only)
+            one = Row(
+                "one process", 1, experts=row.experts, specialists=row.specialists, language=row.language,
+                text_only=row.text_only,
+            )
             result = self.ranks.run(measure, 1, one)[0]
             self.known[key] = result, merge([result["gradients"]])
         return self.known[key]
@@ -218,10 +256,13 @@ def test_layout_equals_one_process(
         assert encoded == once, "every frame is encoded once, by one rank"
     else:
         assert once < encoded <= 2 * once, "frames without kept activations are encoded again in the backward pass"
-    if row.experts:
+    if row.experts or row.specialists:
+        balanced_by_loss = row.specialists.get("balance") != "bias"
         for got, want in zip(results[0]["moe"], reference["moe"], strict=True):
             assert got == pytest.approx(want, rel=TOLERANCE)
-            assert set(got) == {"load_balancing_loss", "z_loss"}
+            assert set(got) == ({"load_balancing_loss", "z_loss"} if balanced_by_loss else {"z_loss"})
+        # Before rounding differs in the weights, every token goes where one process sends it.
+        assert np.array_equal(results[0]["routing"][0], reference["routing"][0])
 
 
 @pytest.mark.parametrize(
@@ -262,7 +303,9 @@ Written by `make parity` on {datetime.date.today():%Y-%m-%d}: Python {platform.p
   frame twice. Where frames in flight are bounded, the others are encoded again in the backward pass.
 
 SP is sequence parallelism; CP is ring attention over context ranks, Ulysses their all-to-all over heads; ETP is
-experts split by tensor parallelism. MoE rows have 4 experts with load-balancing loss and z-loss.
+experts split by tensor parallelism. MoE rows have 4 experts with load-balancing loss and z-loss. Specialists are
+three pools of 4 experts, called by the documents' specialties; routers, priors and auxiliary losses are in what is
+compared, and in the first step the choice of every expert.
 
 | layout | ranks | loss | gradient | norm | frames |
 |---|---|---|---|---|---|

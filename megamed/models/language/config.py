@@ -75,14 +75,9 @@ class LanguageConfig:
             )
         chunks = parallel.pipeline * parallel.virtual_pipeline
         _divides("parallel.pipeline x parallel.virtual_pipeline", chunks, "model.language.num_layers", self.num_layers)
-        if self.moe.num_experts:
-            _divides("parallel.expert", parallel.expert, "model.language.moe.num_experts", self.moe.num_experts)
+        self.moe.validate(parallel)
+        if self.moe.total_experts:
             self._need_experts_on_every_stage(parallel)
-        elif parallel.expert > 1:
-            raise UserError(
-                f"parallel.expert={parallel.expert} needs experts; set model.language.moe.num_experts",
-                everywhere=True,
-            )
 
     def _need_experts_on_every_stage(self, parallel: ParallelConfig) -> None:
         """With expert parallelism Megatron keeps experts in an optimizer of their own, which cannot be empty."""

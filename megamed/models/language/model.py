@@ -15,6 +15,7 @@ from megamed.models.language.attention_config import AttentionConfig
 from megamed.models.language.backends import build_attend
 from megamed.models.language.config import LanguageConfig
 from megamed.models.language.spec import decoder_block_spec
+from megamed.models.moe import MoEConfig
 from megamed.ops.cross_entropy import chunked_cross_entropy
 from megamed.runtime import Mesh, has_transformer_engine
 
@@ -27,11 +28,13 @@ class LanguageModel(GPTModel):
 
     Args:
         num_words: size of the vocabulary without padding.
+        moe: settings of its experts, for whoever tells its routers what tokens are.
         arguments: those of `GPTModel`.
     """
 
-    def __init__(self, num_words: int, **arguments: Any):
+    def __init__(self, num_words: int, moe: MoEConfig, **arguments: Any):
         super().__init__(**arguments)
+        self.moe = moe
         tp = self.pg_collection.tp
         shard = self.vocab_size // tp.size()
         self.num_real_words = min(max(num_words - tp.rank() * shard, 0), shard)
@@ -97,9 +100,10 @@ def _chunk(
     vp_stage = stage if parallel.virtual_pipeline > 1 else None
     return LanguageModel(
         num_words=config.vocab_size,
+        moe=config.moe,
         config=transformer,
         transformer_layer_spec=decoder_block_spec(
-            transformer, config.rotary, attend, use_transformer_engine, rank, vp_stage
+            transformer, config.rotary, config.moe, attend, use_transformer_engine, rank, vp_stage
         ),
         vocab_size=config.padded_vocab_size,
         max_sequence_length=config.max_positions,

@@ -12,7 +12,7 @@ from torch import nn
 
 from megamed.models.language.attention import BuildAttend, RotaryAttention
 from megamed.models.language.rotary import RotaryConfig
-from megamed.models.moe import Router
+from megamed.models.moe import MoEConfig, Router
 
 
 class RMSNorm(nn.RMSNorm):
@@ -30,6 +30,7 @@ class RMSNorm(nn.RMSNorm):
 def decoder_block_spec(
     config: TransformerConfig,
     rotary: RotaryConfig,
+    moe: MoEConfig,
     attend: BuildAttend,
     use_transformer_engine: bool,
     pp_rank: int,
@@ -44,7 +45,7 @@ def decoder_block_spec(
         if isinstance(mlp, partial):  # megatron-core 0.19; 0.16 has a ModuleSpec here
             mlp = ModuleSpec(module=mlp.func, submodules=mlp.keywords.get("submodules"))
         if mlp.module is MoELayer:
-            mlp.submodules.router = Router
+            mlp.submodules.router = partial(Router, moe)
         layer.submodules.self_attention.submodules.core_attention = partial(
             RotaryAttention, rotary=rotary, build=attend
         )

@@ -1,7 +1,20 @@
-"""Mixture-of-experts layers."""
+"""Mixture-of-experts layers: named pools of experts, their router, balance and counts."""
 
-from megamed.models.moe.config import MoEConfig
-from megamed.models.moe.metrics import AUX_LOSSES, take_recorded_losses
-from megamed.models.moe.router import Router
+from megamed.models.moe.config import MoEConfig, PoolConfig
+from megamed.models.moe.metrics import AUX_LOSSES, RoutingCounts, StepStatistics, move_biases, take_statistics
+from megamed.models.moe.pools import GENERAL, Pools
+from megamed.models.moe.router import Router, routing_mask
 
-__all__ = ["AUX_LOSSES", "MoEConfig", "Router", "take_recorded_losses"]
+__all__ = [
+    "AUX_LOSSES",
+    "GENERAL",
+    "MoEConfig",
+    "PoolConfig",
+    "Pools",
+    "Router",
+    "RoutingCounts",
+    "StepStatistics",
+    "move_biases",
+    "routing_mask",
+    "take_statistics",
+]

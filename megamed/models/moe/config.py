@@ -1,10 +1,18 @@
 """Settings of the mixture-of-experts layers."""
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megamed.data.specialties import MatchRule, Specialty
+from megamed.data.specialties import MOST_SPECIALTIES, MatchRule, Specialty
 from megamed.models.moe.pools import GENERAL, Pools
+from megamed.runtime import ParallelConfig
+from megamed.utils import UserError
+
+_KEY = "model.language.moe"
+# Pools stand in names of metrics, options and files.
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclass
@@ -90,13 +98,94 @@ class MoEConfig:
         return dict(
             num_moe_experts=self.total_experts,
             moe_router_topk=self.top_k,
+            moe_router_pre_softmax=self.top_k == 1,  # or Megatron refuses
             moe_ffn_hidden_size=self.intermediate_size,
             moe_shared_expert_intermediate_size=self.shared_intermediate_size or None,
             moe_layer_freq=[0] * dense + [1] * (num_layers - dense),
-            moe_router_load_balancing_type="aux_loss" if self.aux_loss_coeff else "none",
-            moe_aux_loss_coeff=self.aux_loss_coeff,
-            moe_z_loss_coeff=self.z_loss_coeff or None,
+            # megamed.models.moe.Router chooses and balances; what Megatron's router would read stays off.
+            moe_router_load_balancing_type="none",
+            moe_aux_loss_coeff=0.0,
             moe_router_dtype="fp32",
             moe_token_dispatcher_type=self.dispatcher,
             moe_grouped_gemm=False,
         )
+
+    def validate(self, parallel: ParallelConfig) -> None:
+        """Check pools and sizes, by themselves and against the layout.
+
+        Raises:
+            UserError: names the key, what is wrong with it and the mend.
+        """
+        for key, wrong in self._faults(parallel):
+            raise UserError(f"{_KEY}.{key}: {wrong}", everywhere=True)
+
+    def _faults(self, parallel: ParallelConfig) -> Iterator[tuple[str, str]]:
+        """Keys and what is wrong with them."""
+        if self.pools and self.num_experts:
+            yield "num_experts", f"is {self.num_experts}, and the pools say how many experts there are; leave it out"
+        if parallel.expert > 1 and not self.total_experts:
+            yield "pools", f"parallel.expert={parallel.expert} needs experts; set {_KEY}.pools or {_KEY}.num_experts"
+        if not self.total_experts:
+            return
+        ranges = (
+            ("top_k", 1 <= self.top_k <= self.total_experts, f"from 1 to the {self.total_experts} experts"),
+            ("intermediate_size", self.intermediate_size >= 1, "1 or more"),
+            ("shared_intermediate_size", self.shared_intermediate_size >= 0, "0 or more"),
+            ("first_dense_layers", self.first_dense_layers >= 0, "0 or more"),
+            ("specialty_dropout", 0 <= self.specialty_dropout <= 1, "from 0 to 1"),
+            ("aux_loss_coeff", self.aux_loss_coeff >= 0, "0 or more"),
+            ("bias_update_rate", self.bias_update_rate >= 0, "0 or more"),
+            ("z_loss_coeff", self.z_loss_coeff >= 0, "0 or more"),
+            ("log_every", self.log_every >= 1, "1 or more"),
+        )
+        for key, holds, wanted in ranges:
+            if not holds:
+                yield key, f"is {getattr(self, key):g}, and has to be {wanted}"
+        if parallel.tensor > 1 and not parallel.sequence:
+            yield "pools" if self.pools else "num_experts", (
+                f"experts with parallel.tensor={parallel.tensor} need parallel.sequence=true, or each tensor-parallel "
+                "rank would route the same tokens"
+            )
+        if not self.pools and self.num_experts % parallel.expert:
+            yield "num_experts", f"is {self.num_experts}, which parallel.expert={parallel.expert} does not divide"
+        if not self.pools and self.routing != "free":
+            yield "routing", f"is {self.routing}, which needs pools that specialties call; set {_KEY}.pools"
+        yield from self._pool_faults(parallel)
+
+    def _pool_faults(self, parallel: ParallelConfig) -> Iterator[tuple[str, str]]:
+        names = self.resolved.specialties
+        if len(names) > MOST_SPECIALTIES:
+            yield "pools", f"there are {len(names)} of them beside general; {MOST_SPECIALTIES} are the most"
+        callers: dict[str, str] = {}
+        for name, pool in self.pools.items():
+            key, size = f"pools.{name}", pool.num_experts
+            if not _NAME.fullmatch(name):
+                yield key, "is no name for a pool: small letters, digits and _, a letter first"
+            if size < 1:
+                yield key, f"num_experts is {size}, and has to be 1 or more; leave the pool out if it has none"
+            if size % parallel.expert:
+                yield f"{key}.num_experts", (
+                    f"{size} experts do not divide over parallel.expert={parallel.expert} ranks, each of which holds a "
+                    f"share of every pool; make it {-(-size // parallel.expert) * parallel.expert}, or lower "
+                    "parallel.expert"
+                )
+            if name == GENERAL and (pool.match or pool.labels):
+                yield key, "is called by every token, and takes neither match nor labels; give them to another pool"
+            for word in (name, *pool.labels):
+                other = callers.setdefault(word.lower(), name)
+                if other != name:
+                    yield key, f"overlaps pool {other}: both are called by the label {word}; give it to one of them"
+        yield from self._hard_faults()
+
+    def _hard_faults(self) -> Iterator[tuple[str, str]]:
+        """A token has to find top_k experts among those that are open to it."""
+        if self.routing != "hard":
+            return
+        sizes = self.resolved.sizes
+        for name in self.resolved.specialties:
+            num_open = sizes[name] + sizes.get(GENERAL, 0)
+            if num_open < self.top_k:
+                yield f"pools.{name}", (
+                    f"with routing=hard its tokens choose top_k={self.top_k} of {num_open} experts (its own and the "
+                    "general pool's); add experts, or lower top_k"
+                )

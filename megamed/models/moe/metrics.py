@@ -1,39 +1,102 @@
-"""The auxiliary losses that routers record during a step.
+"""What all routers counted in a step, summed over the global batch.
 
-Each value is a rank's share, before its coefficient: summed over the tensor-parallel ranks it is the
-loss of the microbatch.
+Shapes: P specialties, R = P + 2 rows (the specialties, tokens without any, all tokens), L mixture-of-experts layers
+of the whole model, E experts.
 """
 
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
-from megatron.core.transformer.moe import moe_utils
+import torch.distributed as dist
+from torch import nn
+
+from megamed.models.moe.config import MoEConfig
+from megamed.models.moe.router import Router
+from megamed.runtime import current_device
 
 AUX_LOSSES = ("load_balancing_loss", "z_loss")
 
 
-def record_loss(name: str, share: torch.Tensor, layer_number: int | None, num_layers: int) -> None:
-    """Add a share to what Megatron's own routers record under the same roof."""
-    if hasattr(moe_utils, "save_to_aux_losses_tracker"):  # megatron-core 0.16
-        moe_utils.save_to_aux_losses_tracker(name, share, layer_number, num_layers)
-    else:
-        _tracker().record(name, share, layer_number, num_layers)
+@dataclass(frozen=True)
+class RoutingCounts:
+    """Routing of one step's global batch.
+
+    Attributes:
+        picks: int64 [L, R, E], top-k choices of tokens, without padding; a token with two specialties is in the rows
+            of both, and once in the last.
+        entropy: [L], mean over tokens of the entropy of the router's scores, nats.
+    """
+
+    picks: np.ndarray
+    entropy: np.ndarray
 
 
-def take_recorded_losses() -> dict[str, torch.Tensor]:
-    """This rank's shares, summed over its layers and microbatches; clears the record."""
-    if hasattr(moe_utils, "get_moe_layer_wise_logging_tracker"):  # megatron-core 0.16
-        entries = moe_utils.get_moe_layer_wise_logging_tracker()
-        recorded = {name: entry["values"] for name, entry in entries.items()}
-    else:
-        entries = _tracker().metrics
-        recorded = {name: entry.values for name, entry in entries.items()}
-    # Emptied, not zeroed: an entry has the depth of the model that made it, and holds process groups.
-    entries.clear()
-    return {name: recorded[name].sum().double() for name in AUX_LOSSES if name in recorded}
+@dataclass(frozen=True)
+class StepStatistics:
+    """What routers counted in one step, the same on every rank.
+
+    Attributes:
+        counts: the choices.
+        losses: mean over layers and microbatches of each auxiliary loss, before its coefficient; those that are on.
+    """
+
+    counts: RoutingCounts
+    losses: dict[str, float]
 
 
-def _tracker() -> Any:
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+def take_statistics(
+    chunks: Iterable[nn.Module], moe: MoEConfig, layer_freq: Sequence[int], num_microbatches: int
+) -> StepStatistics:
+    """Sum what the routers of all ranks counted, and start anew. Collective over all ranks.
 
-    return get_moe_metrics_tracker()
+    Args:
+        chunks: this rank's part of the model.
+        moe: the settings.
+        layer_freq: 1 for each layer with experts, 0 for the others, as in Megatron's configuration.
+        num_microbatches: of the global batch.
+    """
+    pools, place = moe.resolved, _places(layer_freq)
+    shape = (len(place), len(pools.specialties) + 2, pools.num_experts)
+    picks_LRE = torch.zeros(shape, dtype=torch.float64, device=current_device())
+    sums_L3 = picks_LRE.new_zeros(len(place), 3)
+    for router in _routers(chunks):
+        if (seen := router.statistics) is not None:
+            row = place[router.layer_number]
+            picks_LRE[row] = seen.picks_RE
+            sums_L3[row] = torch.stack([seen.entropy, seen.load_balancing_loss, seen.z_loss])
+            router.statistics = None
+    total = torch.cat([picks_LRE.flatten(), sums_L3.flatten()])
+    dist.all_reduce(total)
+    picks = total[: picks_LRE.numel()].view(shape).cpu().numpy().astype(np.int64)
+    entropy, *losses = total[picks_LRE.numel() :].view(-1, 3).cpu().numpy().T
+    tokens = picks[:, -1].sum(1) / moe.top_k
+    means = {name: loss.mean() / num_microbatches for name, loss in zip(AUX_LOSSES, losses, strict=True)}
+    return StepStatistics(
+        RoutingCounts(picks, entropy / np.maximum(tokens, 1)), {name: float(m) for name, m in means.items() if m}
+    )
+
+
+def move_biases(chunks: Iterable[nn.Module], layer_freq: Sequence[int], counts: RoutingCounts) -> None:
+    """Move the biases of this rank's routers that balance by them, after a step.
+
+    Args:
+        chunks: this rank's part of the model.
+        layer_freq: as in `take_statistics`.
+        counts: the step's.
+    """
+    place = _places(layer_freq)
+    for router in _routers(chunks):
+        router.move_bias(torch.from_numpy(counts.picks[place[router.layer_number], -1]))
+
+
+def _routers(chunks: Iterable[nn.Module]) -> Iterator[Router]:
+    for chunk in chunks:
+        yield from (module for module in chunk.modules() if isinstance(module, Router))
+
+
+def _places(layer_freq: Sequence[int]) -> dict[int, int]:
+    """Of each layer with experts, by its number in the model, from 1: which of those it is."""
+    numbers = [number for number, has_experts in enumerate(layer_freq, 1) if has_experts]
+    return {number: place for place, number in enumerate(numbers)}
