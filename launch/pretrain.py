@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
     facts = run.describe(config, mesh)
     saved = (config.checkpoint, job.model, job.optimizer, job.scheduler)
     manager = checkpoint.CheckpointManager(folder / "checkpoints", *saved, mesh, facts)
-    card: dict = manager.load(resume_from) if resume_from else {"step": 0, "position": 0}
+    card = manager.load(resume_from) if resume_from else manager.start_from(config.init.checkpoint)
     source.restore(card["position"], card.get("data", {}))
     start_step = card["step"]
     ask = partial(

@@ -1,7 +1,16 @@
 """Checkpoints of a training run, readable at any layout."""
 
 import megamed.runtime  # noqa: F401  makes Megatron importable, before the modules below import it
+from megamed.checkpoint.card import describe_model, find_checkpoint, list_checkpoints, model_of, read_card
 from megamed.checkpoint.config import CheckpointConfig
-from megamed.checkpoint.manager import CheckpointManager, list_checkpoints, read_card
+from megamed.checkpoint.manager import CheckpointManager
 
-__all__ = ["CheckpointConfig", "CheckpointManager", "list_checkpoints", "read_card"]
+__all__ = [
+    "CheckpointConfig",
+    "CheckpointManager",
+    "describe_model",
+    "find_checkpoint",
+    "list_checkpoints",
+    "model_of",
+    "read_card",
+]

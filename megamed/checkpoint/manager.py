@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import pickle
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,49 +25,35 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megamed.checkpoint.card import (
+    CARD,
+    MEND_DAMAGED,
+    differing_key,
+    find_checkpoint,
+    list_checkpoints,
+    read_card,
+)
 from megamed.checkpoint.config import CheckpointConfig
 from megamed.checkpoint.state import load_optimizer, model_state, optimizer_state, random_state
-from megamed.checkpoint.writer import BackgroundWriter, reason_of
+from megamed.checkpoint.weights import Weights, fill_state
+from megamed.checkpoint.writer import BackgroundWriter, reason_of, sync_folder, write_file
 from megamed.runtime import Mesh, set_rng_state
 from megamed.utils import UserError
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"step_(\d{8})")
 _UNFINISHED, _DISCARDED = ".unfinished", ".discarded"
-_CARD = "megamed.json"
-_MEND_DAMAGED = "move that folder away, and run again to go on from the one before"
 
 # megatron-core 0.19 wants to know whose machinery writes, and takes an optional package's unless told otherwise.
 _ASYNC_OPTION: dict[str, Any] = (
     {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
 )
 
+# What routers keep beside their weight, and the setting of model.language.moe that makes them.
+_NEEDED_BY = {"prior": ("routing", "soft"), "expert_bias": ("balance", "bias")}
+
 # What a full disk makes Megatron and torch raise: torch's own writer turns the system's error into a RuntimeError.
 _WRITE_ERRORS = (CheckpointException, CheckpointingException, OSError, RuntimeError)
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in a folder, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / _CARD).is_file())
-
-
-def read_card(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: step, consumed microbatches, layout, model.
-
-    Raises:
-        UserError: the card is missing or damaged.
-    """
-    try:
-        card = json.loads((checkpoint / _CARD).read_text())
-        missing = [key for key in ("step", "model", "layout", "world_size") if key not in card]
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{checkpoint}: {_CARD} cannot be read ({error}); {_MEND_DAMAGED}") from error
-    if missing:
-        raise UserError(f"{checkpoint}: {_CARD} has no {missing[0]}; {_MEND_DAMAGED}")
-    return card
 
 
 class Placed(Protocol):
@@ -177,13 +162,17 @@ class CheckpointManager:
             UserError: it is of another model, or damaged.
         """
         card = read_card(checkpoint)
-        self._check_optimizer(checkpoint, card)
-        differing = [k for k, v in self.describe["model"].items() if card["model"].get(k) != v]
-        if differing:
-            key = differing[0]
+        if card.get("weights_only"):
             raise UserError(
-                f"{checkpoint}: is of another model (model.{key} was {card['model'].get(key)}, is now "
-                f"{self.describe['model'][key]}); set the model back or start a new run with run.name=NAME",
+                f"{checkpoint}: has weights alone; start a new run from them with run.name=NAME "
+                f"init.checkpoint={checkpoint}", everywhere=True,
+            )  # fmt: skip
+        self._check_optimizer(checkpoint, card)
+        self._check_model(checkpoint, card, "set the model back or start a new run with run.name=NAME")
+        if lacking := self._router_state(checkpoint)[0]:
+            raise UserError(
+                f"{checkpoint}: its routers have no {lacking[0]}; set model.language.moe.{_NEEDED_BY[lacking[0]][0]} "
+                f"back, or start a new run from its weights with run.name=NAME init.checkpoint={checkpoint}",
                 everywhere=True,
             )
         model = model_state(self.model.language, self.model.vision, self.mesh)
@@ -198,7 +187,7 @@ class CheckpointManager:
             with _quiet_torch():
                 loaded = dist_checkpointing.load(state, str(checkpoint))
         except (Exception, CheckpointException) as error:  # damaged files raise whatever their bytes lead to
-            raise UserError(f"{checkpoint}: cannot be loaded ({reason_of(error)}); {_MEND_DAMAGED}") from error
+            raise UserError(f"{checkpoint}: cannot be loaded ({reason_of(error)}); {MEND_DAMAGED}") from error
         for index, chunk in enumerate(self.model.language):
             chunk.module.load_state_dict(_without_prefix(loaded["model"][f"language{index}"], "language."))
         self.model.vision.module.load_state_dict(_without_prefix(loaded["model"]["vision"], "vision."))
@@ -207,6 +196,54 @@ class CheckpointManager:
         if same_layout:
             set_rng_state(loaded["random"])
         return card
+
+    def start_from(self, path: str | None) -> dict[str, Any]:
+        """Start a new run: from the weights in a checkpoint of any layout, or from the ones that the model has.
+
+        Nothing else is taken from it: step, optimizer, schedule and data begin anew. A prior or a bias of routers
+        that it lacks keeps its initial values; one that this model does not have is left behind.
+
+        Args:
+            path: the checkpoint, or a run whose newest one is meant; the same on every rank. Collective with one.
+
+        Returns:
+            In the place of a card, where the run begins.
+
+        Raises:
+            UserError: there is no checkpoint, it is of another model, or damaged.
+        """
+        if path is not None:
+            checkpoint = _found_by_first_rank(Path(path))
+            card = read_card(checkpoint)
+            self._check_model(checkpoint, card, "set the model to that one, or take another checkpoint")
+            lacking, left = self._router_state(checkpoint)
+            state = model_state(self.model.language, self.model.vision, self.mesh)
+            fill_state(Weights(checkpoint), state, optional=lacking)
+            self.optimizer.reload_model_params()  # of which the optimizer keeps copies
+            if dist.get_rank() == 0:
+                log.info("starting from the weights of %s, of step %d", checkpoint, card["step"])
+                for name in lacking:
+                    log.info("its routers have no %s: it begins at its initial values", name)
+                for name in left:
+                    key, value = _NEEDED_BY[name]
+                    log.info("its routers' %s is left behind, as model.language.moe.%s is not %s", name, key, value)
+        return {"step": 0, "position": 0}
+
+    def _router_state(self, checkpoint: Path) -> tuple[list[str], list[str]]:
+        """What routers of this model have and those in a checkpoint lack; and what those alone have."""
+        moe = self.model.language[0].module.moe
+        if not moe.total_experts:
+            return [], []
+        there = {name.rpartition(".")[2] for name in Weights(checkpoint) if ".router." in name}
+        here = {name for name, (key, value) in _NEEDED_BY.items() if getattr(moe, key) == value}
+        return sorted(here - there), sorted((there & set(_NEEDED_BY)) - here)
+
+    def _check_model(self, checkpoint: Path, card: dict[str, Any], mend: str) -> None:
+        if differing := differing_key(card["model"], self.describe["model"]):
+            key, was, now = differing
+            raise UserError(
+                f"{checkpoint}: is of another model (model.{key} was {was}, is now {now}); {mend}", everywhere=True
+            )
 
     def _check_optimizer(self, checkpoint: Path, card: dict[str, Any]) -> None:
         """The distributed optimizer's state fits any type of weights, the other kind's its own alone."""
@@ -239,11 +276,11 @@ class CheckpointManager:
 
     def _finish(self, aside: Path, target: Path, card: dict[str, Any]) -> None:
         _forget_path(aside / ".metadata")
-        _write(aside / _CARD, json.dumps(card, indent=1).encode())
+        write_file(aside / CARD, json.dumps(card, indent=1).encode())
         if target.exists():  # the same step, saved again by a run that went back
             _discard(target)
         os.rename(aside, target)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         if self.config.keep_last:
             for old in list_checkpoints(self.folder)[: -self.config.keep_last]:
                 _discard(old)
@@ -297,6 +334,20 @@ def _quiet_torch() -> Iterator[None]:
         root.removeFilter(has_no_traceback)
 
 
+def _found_by_first_rank(path: Path) -> Path:
+    """The checkpoint that `init.checkpoint` means, the same on every rank: a run that still goes on makes new ones."""
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [find_checkpoint(path, "init.checkpoint")]
+        except UserError as error:
+            found = [error]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return found[0]
+
+
 def _without_prefix(weights: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in weights.items()}
 
@@ -312,20 +363,4 @@ def _forget_path(metadata: Path) -> None:
     """Take out of torch's metadata where the checkpoint was written, which may hold a user's name."""
     content = pickle.loads(metadata.read_bytes())  # written a moment ago, by this run
     content.storage_meta = None
-    _write(metadata, pickle.dumps(content))
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    write_file(metadata, pickle.dumps(content))

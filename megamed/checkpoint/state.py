@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import nn
 
 from megamed.runtime import Mesh, rng_state
 
@@ -19,10 +20,15 @@ OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained
 
 def model_state(language: Sequence[DistributedDataParallel], vision: DistributedDataParallel, mesh: Mesh) -> dict:
     """Sharded state of all weights of this rank."""
+    return weights_state([chunk.module for chunk in language], vision.module, mesh)
+
+
+def weights_state(language: Sequence[Any], vision: nn.Module, mesh: Mesh) -> dict:
+    """The same, of modules that nothing wraps."""
     state: dict[str, Any] = {}
     for index, chunk in enumerate(language):
-        state[f"language{index}"] = chunk.module.sharded_state_dict(prefix="language.")
-    tensors = vision.module.state_dict(prefix="vision.", keep_vars=True)
+        state[f"language{index}"] = chunk.sharded_state_dict(prefix="language.")
+    tensors = vision.state_dict(prefix="vision.", keep_vars=True)
     state["vision"] = make_sharded_tensors_for_checkpoint(
         tensors, "", tp_group=mesh.vision.tp, dp_cp_group=mesh.vision.dp_cp
     )

@@ -5,8 +5,10 @@ tracker, an allocator) may copy a lock in its locked state, and then hangs for g
 since serialisation and disk leave the interpreter's lock, and cannot.
 """
 
+import os
 import queue
 import threading
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,6 +85,23 @@ def reason_of(error: BaseException) -> str:
         return system.strerror or str(system)
     lines = str(chain[-1]).strip().splitlines()
     return (lines[-1] if lines else type(chain[-1]).__name__).partition(". ")[0][:200]
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file, to the disk itself."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _staged(request: AsyncRequest) -> list[Any]:

@@ -38,6 +38,15 @@ class TrainConfig:
 
 
 @dataclass
+class InitConfig:
+    """Where a new run takes its initial weights from; a run that goes on has its own."""
+
+    checkpoint: str | None = None
+    """A checkpoint of any layout, or the folder of a run, whose newest is taken. The weights alone are: step,
+    optimizer and data begin anew. None draws weights by `train.seed`."""
+
+
+@dataclass
 class RunConfig:
     """Where a run is kept and whether it goes on."""
 
@@ -79,6 +88,7 @@ class JobConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megamed import __version__
-from megamed.checkpoint import list_checkpoints, read_card
+from megamed.checkpoint import describe_model, list_checkpoints, read_card
 from megamed.config import to_yaml
 from megamed.data import TextTokenizer
 from megamed.runtime import Mesh
@@ -30,9 +30,6 @@ _VISION_SIZES = (
 )
 _LANGUAGE_SIZES = (
     "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "max_positions"
-)
-_NOT_OF_THE_WEIGHTS = (
-    "recompute", "frames_per_pass", "frames_in_flight", "dispatcher", "aux_loss_coeff", "z_loss_coeff", "name"
 )
 
 
@@ -171,7 +168,7 @@ def describe(config: JobConfig, mesh: Mesh) -> dict[str, Any]:
     dtype = next(name for name, dtype in DTYPES.items() if dtype == config.train.torch_dtype)
     return {
         "format": 1,
-        "model": _flat(asdict(config.model)),
+        "model": describe_model(config.model),
         "layout": layout,
         "optimizer": {"optim.distributed": config.optim.distributed, "train.dtype": dtype},
         "versions": versions(),
@@ -211,17 +208,6 @@ def write_settings(config: JobConfig, tokenizer: TextTokenizer, folder: Path, st
         raise UserError(
             f"{folder}: cannot be written ({reason}); free space there or set run.dir to another disk"
         ) from error
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted keys, without those that do not change what the weights mean."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif key not in _NOT_OF_THE_WEIGHTS:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def say_start() -> None:

@@ -1,0 +1,200 @@
+"""Reads weights from a checkpoint part by part: one expert, one layer, or this rank's share of everything.
+
+Neither a process group nor the rest of the checkpoint is needed: what is asked for is read, into memory that is
+there already. The format is that of torch's distributed checkpoints, which Megatron writes.
+"""
+
+import math
+import pickle
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megamed.checkpoint.writer import reason_of
+from megamed.utils import UserError
+
+# The norm before the experts goes by either name: Megatron's layers without Transformer Engine use the first.
+_NORM, _NORM_OF_TE = ".mlp.linear_fc1.layer_norm_", ".pre_mlp_layernorm."
+_LAYER = re.compile(r"(.*\.layers\.)(\d+)\.(.*)")
+
+# What the metadata of weights are made of; a pickle that names anything else is not opened.
+_MADE_OF = {
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.planner": (
+        "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+    "torch.serialization": ("_get_layout",),
+    "torch": ("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
+    "collections": ("OrderedDict",),
+    "pathlib": ("PosixPath", "PurePosixPath"),
+}  # fmt: skip
+
+
+class Weights:
+    """The weights in a checkpoint.
+
+    A name is a parameter's key in the checkpoint. Where a checkpoint stacks its layers in one tensor (dense models),
+    a layer's parameter is also found under the name that it has where they are not stacked.
+
+    Args:
+        checkpoint: its folder.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+
+    def __init__(self, checkpoint: Path):
+        self.checkpoint = checkpoint
+        try:
+            with open(checkpoint / ".metadata", "rb") as file:
+                metadata: Metadata = _Unpickler(file).load()
+            self._tensors = {
+                key: tensor
+                for key, tensor in metadata.state_dict_metadata.items()
+                if isinstance(tensor, TensorStorageMetadata) and key.startswith(("language.", "vision."))
+            }
+            self._reader = FileSystemReader(checkpoint)
+            self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        except Exception as error:  # damaged files raise whatever their bytes lead to
+            raise self._damaged(error) from error
+
+    def __contains__(self, name: str) -> bool:
+        return self._find(name) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter. Experts are stacked along its first axis."""
+        key, stack = self._need(name)
+        return tuple(self._tensors[key].size[len(stack) :])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type that a parameter is stored in."""
+        return self._tensors[self._need(name)[0]].properties.dtype
+
+    def read(self, name: str, *stack: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A whole parameter, in host memory.
+
+        Args:
+            name: of the parameter.
+            stack: its place along the first axes: the expert.
+            dtype: None for the one that it is stored in.
+        """
+        tensor = torch.empty(self.shape(name)[len(stack) :], dtype=dtype or self.dtype(name))
+        self.fill([(name, (*stack, *[0] * tensor.dim()), tensor)])
+        return tensor
+
+    def fill(self, parts: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> None:
+        """Read parts of parameters into tensors, which may be on any device and of another type.
+
+        Args:
+            parts: a name, where in the parameter the part begins, and the tensor. Its shape may lack leading axes, in
+                which the part then has the extent 1.
+
+        Raises:
+            UserError: a parameter is missing, its shape is another, or the files are damaged.
+        """
+        items: list[ReadItem] = []
+        targets: list[Tensor] = []
+        for name, offsets, tensor in parts:
+            key, stack = self._need(name)
+            offsets = (*stack, *offsets)
+            sizes = (*[1] * (len(offsets) - tensor.dim()), *tensor.shape)
+            whole = self._tensors[key].size
+            if len(whole) != len(sizes) or any(o + n > w for o, n, w in zip(offsets, sizes, whole, strict=True)):
+                raise UserError(f"{self.checkpoint}: {key} is {tuple(whole)} there, of another model")
+            chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+            number = str(len(targets))  # of the target: several may be parts of one parameter
+            targets.append(tensor.detach()[(None,) * (len(offsets) - tensor.dim())])
+            found = create_read_items_for_chunk_list(key, self._tensors[key], [chunk])
+            if sum(math.prod(item.lengths) for item in found) != tensor.numel():
+                raise UserError(f"{self.checkpoint}: {key} is there in part only; take another checkpoint")
+            items += [replace(item, dest_index=MetadataIndex(number)) for item in found]
+        try:
+            self._reader.read_data(LoadPlan(items), _Targets(targets)).wait()
+        except Exception as error:
+            raise self._damaged(error) from error
+
+    def _find(self, name: str) -> tuple[str, tuple[int, ...]] | None:
+        """Key in the checkpoint, and the place along the axis of layers if they are stacked."""
+        for key in (name, name.replace(_NORM, _NORM_OF_TE), name.replace(_NORM_OF_TE, _NORM)):
+            if key in self._tensors:
+                return key, ()
+            if found := _LAYER.fullmatch(key):
+                stacked, number = found[1] + found[3], int(found[2])
+                if stacked in self._tensors and number < self._tensors[stacked].size[0]:
+                    return stacked, (number,)
+        return None
+
+    def _need(self, name: str) -> tuple[str, tuple[int, ...]]:
+        found = self._find(name)
+        if found is None:
+            raise UserError(f"{self.checkpoint}: has no weights {name}; it is of another model, or incomplete")
+        return found
+
+    def _damaged(self, error: BaseException) -> UserError:
+        return UserError(f"{self.checkpoint}: cannot be loaded ({reason_of(error)}); take another checkpoint")
+
+
+def fill_state(weights: Weights, state: dict, optional: Iterable[str] = ()) -> None:
+    """Read all that a sharded state dict has of a model's weights, in place.
+
+    Args:
+        weights: of the same model, at any layout.
+        state: its data are views of the parameters; changed by this.
+        optional: last parts of names that the checkpoint lacks; these parameters are left as they are.
+    """
+    apply_factories(state)
+    # Beside tensors there is quantisation state of Transformer Engine, which nothing here uses.
+    tensors = [tensor for tensor in nested_values(state) if isinstance(tensor, ShardedTensor)]
+    weights.fill(
+        (tensor.key, tensor.global_offset, tensor.data)
+        for tensor in tensors
+        if tensor.key.rpartition(".")[2] not in optional
+    )
+
+
+class _Targets(LoadPlanner):
+    """Tells torch's reader where what it reads goes."""
+
+    def __init__(self, targets: list[Tensor]):
+        self.targets = targets
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        tensor = self.targets[int(read_item.dest_index.fqn)]
+        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            tensor = tensor.narrow(axis, start, length)
+        return tensor
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """It is in its place."""
+
+    def set_up_planner(self, *_: Any, **__: Any) -> None: ...
+    def create_local_plan(self) -> LoadPlan: ...  # type: ignore[empty-body]
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]: ...  # type: ignore[empty-body]
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan: ...  # type: ignore[empty-body]
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None: ...
+
+
+class _Unpickler(pickle.Unpickler):
+    """Opens metadata, and nothing that could do more than be metadata."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _MADE_OF.get(module, ()):
+            raise pickle.UnpicklingError(f"its metadata name {module}.{name}, which weights do not need")
+        return super().find_class(module, name)
