@@ -73,7 +73,18 @@ def _draw(tensor: ShardedTensor, seed: int, std: float, num_layers: int) -> None
         return
     if tensor.key.endswith(_RESIDUAL_WRITERS):
         std = std / math.sqrt(2 * num_layers)
-    name = hashlib.blake2b(f"{seed}:{global_name(tensor)}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(name, "little") >> 1)
-    whole: Tensor = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-    tensor.data.copy_(whole[region].mul_(std))
+    tensor.data.copy_(drawn(global_name(tensor), shape, seed, std)[region])
+
+
+def drawn(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
+    """A whole parameter's initial values, fp32, on the host.
+
+    Args:
+        name: from `global_name`.
+        shape: of the parameter.
+        seed: the job's seed.
+        std: standard deviation.
+    """
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").mul_(std)
