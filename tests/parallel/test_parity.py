@@ -142,7 +142,7 @@ ROWS = (
 def measure(row: Row) -> dict[str, Any]:
     """One rank's side: train three steps, and keep losses, norms, the first step's gradients and a frame count."""
     config = JobConfig()
-    config.model = tiny_vlm(row.experts, **row.language)
+    config.model = tiny_vlm(row.experts, num_layers=2 if row.specialists else 4, **row.language)
     if row.specialists:
         pools = {name: PoolConfig(size) for name, size in POOLS.items()}
         config.model.language.moe = replace(config.model.language.moe, pools=pools, **row.specialists)
