@@ -46,7 +46,8 @@ def main(args: argparse.Namespace) -> None:
     run.check_vocabulary(config, tokenizer)
     size = config.model.vision.image_size
     num_tokens = tokens_per_frame(size, config.model.vision.patch_size, config.model.projector.downsample_ratio)
-    source = data.build_source(config.data, tokenizer, size, num_tokens, config.document_multiple)
+    specialties = config.model.language.moe.specialties
+    source = data.build_source(config.data, tokenizer, size, num_tokens, config.document_multiple, specialties)
     run.say_start()
 
     runtime.start()

@@ -25,6 +25,7 @@ class HeldOutItem:
         frames: the frames, in the order of their visual tokens.
         qa: the question, its true answer, and the name of its kind.
         judge: whether an answer in a model's words is right.
+        specialties: which ones it calls, bit i for the i-th; 0 for none.
     """
 
     item_id: str
@@ -33,6 +34,7 @@ class HeldOutItem:
     frames: list[Frame]
     qa: QA
     judge: Callable[[str], bool]
+    specialties: int = 0
 
 
 Cost = Callable[[Sequence[int], int], float]

@@ -6,10 +6,24 @@ for the i-th: a packed row has one such number a token, so that studies of diffe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megamed.data.series import SeriesInfo
+from megamed.utils import UserError
+
+if TYPE_CHECKING:
+    from megamed.data.batch import Microbatch
 
 # Bits of a signed 64-bit number, one of which marks padding where tokens are routed.
 MOST_SPECIALTIES = 62
+
+# What a sample is labelled with that is to have the general pool alone.
+GENERAL = "general"
 
 
 @dataclass
@@ -23,8 +37,12 @@ class MatchRule:
     """DICOM's codes: CT, MR, CR, ..."""
     body_part: list[str] = field(default_factory=list)
     """DICOM's codes: CHEST, BRAIN, ..."""
-    keywords: list[str] = field(default_factory=list)
-    """Medical terms that the study's or the series' description has, as ingest keeps them (`SeriesInfo.keywords`)."""
+
+    def holds(self, info: SeriesInfo) -> bool:
+        """Whether it holds for a series; a rule that gives nothing holds for none."""
+        given = [(self.modality, info.modality), (self.body_part, info.body_part)]
+        asked = [(wanted, found) for wanted, found in given if wanted]
+        return bool(asked) and all(found.upper() in {word.upper() for word in wanted} for wanted, found in asked)
 
 
 @dataclass(frozen=True)
@@ -40,3 +58,65 @@ class Specialty:
     name: str
     rules: tuple[MatchRule, ...] = ()
     labels: tuple[str, ...] = ()
+
+
+class Specialties:
+    """Matches series and labels with specialties.
+
+    Args:
+        known: the specialties, bit i for the i-th; none for a model without pools, which calls nothing.
+    """
+
+    def __init__(self, known: Sequence[Specialty] = ()):
+        self.known = tuple(known)
+        self._bits = {word.lower(): 1 << i for i, s in enumerate(known) for word in (s.name, *s.labels)}
+
+    def of_series(self, info: SeriesInfo) -> int:
+        """What a series calls by its metadata."""
+        return sum(1 << i for i, s in enumerate(self.known) if any(rule.holds(info) for rule in s.rules))
+
+    def of_labels(self, labels: Iterable[str], where: str) -> int:
+        """What a sample calls by its labels; nothing where the model has no pools.
+
+        Args:
+            labels: names of pools or other labels of theirs.
+            where: names the sample in the message.
+
+        Raises:
+            UserError: no pool has such a label.
+        """
+        called = 0
+        for label in labels if self.known else ():
+            word = label.lower()
+            if word == GENERAL:
+                continue
+            if word not in self._bits:
+                near = difflib.get_close_matches(word, self._bits, 1)
+                hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(self._bits)}"
+                raise UserError(
+                    f"{where}: its specialty {label!r} is no pool's name or label; {hint} "
+                    "(model.language.moe.pools)",
+                    everywhere=True,
+                )
+            called |= self._bits[word]
+        return called
+
+
+def drop_specialties(microbatch: Microbatch, probability: float, seed: int, index: int) -> Microbatch:
+    """The row with the specialties of some of its documents withheld.
+
+    Args:
+        microbatch: row number `index`.
+        probability: that a document's are.
+        seed, index: with the document's number in the row they decide, so that it is the same at every layout and
+            after a resume.
+    """
+    if probability == 0 or not bool(microbatch.specialty_S.any()):
+        return microbatch
+    bounds = microbatch.cu_seqlens.tolist()
+    drawn = np.random.default_rng((seed, index, len(bounds))).random(len(bounds) - 1)
+    specialty_S = microbatch.specialty_S.clone()
+    for start, end, draw in zip(bounds, bounds[1:], drawn, strict=False):
+        if draw < probability:
+            specialty_S[start:end] = 0
+    return replace(microbatch, specialty_S=specialty_S)

@@ -28,6 +28,8 @@ class Prompt(Protocol):
     def visual_positions(self) -> list[int]: ...
     @property
     def frames(self) -> list[Frame]: ...
+    @property
+    def specialties(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,10 @@ def _lay_out(
             used = 0
         slots.append(_Slot(index, len(rows) - 1, used, len(prompt.prompt_tokens)))
         rows[-1].append(
-            Document(f"prompt-{index}", tokens, [0] * len(tokens), list(prompt.visual_positions), list(prompt.frames))
+            Document(
+                f"prompt-{index}", tokens, [0] * len(tokens), list(prompt.visual_positions), list(prompt.frames),
+                prompt.specialties,
+            )
         )
         used += -(-len(tokens) // document_multiple) * document_multiple
     return [pack(documents, seq_length, pad_id, document_multiple) for documents in rows], slots

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Protocol
 
 from megamed.data import Microbatch, MicrobatchSource
+from megamed.data.specialties import drop_specialties
 from megamed.train.job import Job
 from megamed.train.meter import row_flops, step_flops, sum_over_replicas
 from megamed.train.prefetch import Prefetcher
@@ -67,7 +68,9 @@ def fit(
 
     def rows(step: int) -> list[Microbatch]:
         shares = source.share(step * count + offset, count, mesh.data_size, partial(row_flops, model))
-        return [source.microbatch(index) for index in shares[mesh.data_rank]]
+        mine = [(index, source.microbatch(index)) for index in shares[mesh.data_rank]]
+        dropout, seed = model.language.moe.specialty_dropout, job.config.train.seed
+        return [drop_specialties(microbatch, dropout, seed, index) for index, microbatch in mine]
 
     steps, most_frames = range(start_step, job.config.train.steps), job.config.data.loader.prefetch_frames
     with Prefetcher(steps, rows, job.phase.own_passes, source.load_frames, most_frames) as prefetcher:

@@ -27,6 +27,7 @@ class Question:
     prompt_tokens: list[int]
     visual_positions: list[int]
     frames: list[FrameRef]
+    specialties: int = 0
 
 
 def questions() -> list[Question]:

@@ -70,6 +70,7 @@ class FmriSource:
         image_size: edge of a frame in pixels.
         tokens_per_frame: visual tokens of one frame.
         document_multiple: documents are filled up to a multiple of it; see `pack`. It divides `config.seq_length`.
+        specialties: which ones the run's samples call, bit i for the i-th; those without frames call none.
 
     Raises:
         UserError: a config value out of range, a run too short for the config, or rows too short
@@ -84,6 +85,7 @@ class FmriSource:
         image_size: int,
         tokens_per_frame: int,
         document_multiple: int = 1,
+        specialties: int = 0,
     ):
         validate(config)
         self.run = run
@@ -91,7 +93,7 @@ class FmriSource:
         self._tokenizer = tokenizer
         self._image_size = image_size
         self._tokens_per_frame = tokens_per_frame
-        self._document_multiple = document_multiple
+        self._document_multiple, self._specialties = document_multiple, specialties
         self.num_training_volumes = _split(run, config)
         self._facts = lru_cache(_CACHED_FACTS)(self._measure)
         self._scale = lru_cache(_CACHED_SCALES)(self._measure_scale)
@@ -161,7 +163,9 @@ class FmriSource:
                 item_id = f"held-out:{first}+{length}:{name}"
                 text = prompt(self._tokenizer, self._tokens_per_frame, frames, "", qa.question, item_id)
                 items.append(
-                    HeldOutItem(item_id, text.tokens, text.visual_positions, frames, qa, Judge(name, facts))
+                    HeldOutItem(
+                        item_id, text.tokens, text.visual_positions, frames, qa, Judge(name, facts), self._specialties
+                    )
                 )
         return items
 
@@ -191,7 +195,9 @@ class FmriSource:
         return int(rng.integers(available - (length - 1) * stride)), length, stride
 
     def _document(self, frames: Sequence[FrameRef], context: str, qas: Sequence[QA], name: str) -> Document:
-        return conversation(self._tokenizer, self._tokens_per_frame, frames, context, qas, name)
+        document = conversation(self._tokenizer, self._tokens_per_frame, frames, context, qas, name)
+        document.specialties = self._specialties if frames else 0
+        return document
 
     def _signal(self, first: int, length: int, stride: int) -> np.ndarray:
         """A view of the run, [X, Y, Z, length]."""

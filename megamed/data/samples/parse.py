@@ -84,11 +84,23 @@ def read(line: str | bytes, number: int = 0) -> tuple[Sample | None, list[Proble
         faults.add("objects", "is no object", 'give {"ref": [...], "bbox": [...]}')
     sample = Sample(
         messages=turns, images=_images(row, faults), videos=_videos(row, faults), studies=_studies(row, faults),
-        rejected_response=rejected, label=row.get("label"), objects=objects or {}, line=number,
+        rejected_response=rejected, label=row.get("label"), objects=objects or {},
+        specialties=_specialties(row, faults), line=number,
     )
     if not faults.found:
         _check_tags(sample, faults)
     return sample, faults.found
+
+
+def _specialties(row: dict[str, Any], faults: _Faults) -> tuple[str, ...] | None:
+    value = row.get("specialties")
+    if value is None:
+        return None
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(_is_text(name) and name for name in names):
+        faults.add("specialties", "are no names", 'give the names of pools, ["chest"], or an empty list for none')
+        return ()
+    return tuple(names)
 
 
 class _Faults:

@@ -69,6 +69,8 @@ class Sample:
         rejected_response: the answer that is not preferred, for alignment.
         label: for KTO and for classification.
         objects: boxes and their names, as given.
+        specialties: pools of experts that it calls, by name or label, in the place of what its series' metadata
+            would; None leaves it to them.
         line: number of the line, from 1.
     """
 
@@ -79,4 +81,5 @@ class Sample:
     rejected_response: str | None = None
     label: Any = None
     objects: dict[str, Any] = field(default_factory=dict)
+    specialties: tuple[str, ...] | None = None
     line: int = 0

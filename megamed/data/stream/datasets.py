@@ -17,10 +17,13 @@ import numpy as np
 from megamed.data.frames.choice import slice_positions
 from megamed.data.samples import FrameChoice, Message, SampleFile, StudyRef
 from megamed.data.series import SeriesInfo
+from megamed.data.specialties import Specialties
 from megamed.data.store import VolumeStore
 from megamed.data.stream.chat import Shown, ShownFrame
 from megamed.data.stream.facts import facts_of
 from megamed.utils import UserError
+
+_LABELLED = b'"specialties"'
 
 # Lines of a file whose content is part of its fingerprint, spread over it.
 _FINGERPRINT_LINES = 256
@@ -36,6 +39,7 @@ class Draft:
         videos: a path each, or the paths of its frames.
         images: paths.
         messages: the turns, once it is known what is shown.
+        specialties: names of those that it calls; None leaves it to the metadata of its series.
     """
 
     sample_id: str
@@ -43,6 +47,7 @@ class Draft:
     videos: tuple[str | tuple[str, ...], ...]
     images: tuple[str, ...]
     messages: Callable[[Shown], Sequence[Message]]
+    specialties: tuple[str, ...] | None = None
 
 
 class DataSet(Protocol):
@@ -107,7 +112,18 @@ class FileSamples:
         videos = tuple(absolute(v) if isinstance(v, str) else tuple(map(absolute, v)) for v in sample.videos)
         images = tuple(map(absolute, sample.images))
         sample_id = f"{self.name}:{sample.line}"
-        return Draft(sample_id, sample.studies, videos, images, lambda shown: sample.messages)
+        return Draft(sample_id, sample.studies, videos, images, lambda shown: sample.messages, sample.specialties)
+
+    def check_labels(self, specialties: Specialties) -> None:
+        """Look at the specialties of every sample that names some; the other lines are not parsed.
+
+        Raises:
+            UserError: a label that no pool has, with the file and the line.
+        """
+        for index in range(len(self)):
+            if _LABELLED in self._file.line(index):
+                sample = self._file[index]
+                specialties.of_labels(sample.specialties or (), f"{self._file.path}:{sample.line}")
 
     def fingerprint(self) -> dict[str, Any]:
         """Number of samples, and a sum over some of the lines."""

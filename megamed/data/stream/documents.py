@@ -14,6 +14,7 @@ from megamed.data.batch import Document
 from megamed.data.frames import FramesConfig, PlannedStudy
 from megamed.data.frames.plan import plan_image, plan_series, plan_video
 from megamed.data.samples import FrameChoice, StudyRef
+from megamed.data.specialties import Specialties
 from megamed.data.store import SeriesRecord, VolumeStore
 from megamed.data.stream.chat import ChatWriter, Shown
 from megamed.data.stream.datasets import Draft
@@ -37,6 +38,7 @@ class Documents:
         image_size: edge of a frame in pixels.
         seq_length: most tokens of a document.
         too_long: what becomes of longer ones.
+        specialties: which of them a sample calls.
 
     Attributes:
         num_too_long: how many samples of each data set were.
@@ -50,9 +52,11 @@ class Documents:
         image_size: int,
         seq_length: int,
         too_long: TooLong,
+        specialties: Specialties | None = None,
     ):
         self.writer, self.store, self.frames, self.image_size = writer, store, frames, image_size
         self.seq_length, self.too_long = seq_length, too_long
+        self.specialties = specialties or Specialties()
         self.num_too_long: Counter[str] = Counter()
         self._met: set[str] = set()
         self._record = lru_cache(_CACHED_SERIES)(self._read_record)
@@ -95,6 +99,19 @@ class Documents:
             "images": [plan_image(image, self.frames, self.image_size) for image in draft.images],
         }
 
+    def called(self, draft: Draft) -> int:
+        """Specialties that a sample calls: by its own labels, or by the metadata of its series.
+
+        Raises:
+            UserError: a label that no pool has.
+        """
+        if draft.specialties is not None:
+            return self.specialties.of_labels(draft.specialties, f"sample {draft.sample_id}")
+        called = 0
+        for study in draft.studies:
+            called |= self.specialties.of_series(self._record(study.series).info)
+        return called
+
     def _study(self, study: StudyRef, most: int | None) -> PlannedStudy:
         record, store = self._record(study.series), self.store
         assert store is not None
@@ -113,7 +130,11 @@ class Documents:
 
     def _write(self, draft: Draft, shown: Shown, seed: int) -> Document | None:
         messages = draft.messages(shown)
-        return self.writer.document(messages, shown, seed, draft.sample_id) if messages else None
+        if not messages:
+            return None
+        document = self.writer.document(messages, shown, seed, draft.sample_id)
+        document.specialties = self.called(draft)
+        return document
 
     def _with_fewer_frames(self, draft: Draft, shown: Shown, whole: Document, seed: int) -> Document | None:
         """The document with as many of its frames, spread evenly, as fit; None if not even one of each does."""

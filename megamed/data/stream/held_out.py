@@ -45,14 +45,15 @@ class HeldOutSeries:
     def _about(self, documents: Documents, seed: int, number: int, most_frames: int) -> list[HeldOutItem]:
         series = self.series[number]
         study = StudyRef(series, frames=FrameChoice(at_most=most_frames))
-        shown = documents.shown(Draft("", (study,), (), (), lambda shown: ()))
+        draft = Draft("", (study,), (), (), lambda shown: ())
+        shown, called = documents.shown(draft), documents.called(draft)
         rng = np.random.default_rng((seed, zlib.crc32(series.encode())))
         found = []
         for asked in facts_of(self.store.record(series).info, shown["studies"][0].frames, rng):
             item_id = f"held-out:{number + 1}:{asked.qa.name}"
             prompt = documents.writer.prompt([Message("user", f"<study>{asked.qa.question}")], shown, item_id)
             found.append(HeldOutItem(
-                item_id, prompt.tokens, prompt.visual_positions, prompt.frames, asked.qa, asked.judge
+                item_id, prompt.tokens, prompt.visual_positions, prompt.frames, asked.qa, asked.judge, called
             ))
         return found
 

@@ -144,6 +144,8 @@ class StudySource:
             shown = set(places[:: max(1, len(places) // _SHOWN_WHEN_CHECKED)])
             for index in places:
                 draft = dataset.draft(index, 0)
+                if draft is not None:
+                    self._documents.called(draft)
                 if draft is not None and index in shown:
                     self._documents.shown(draft)
 

@@ -16,6 +16,8 @@ from megamed.data.config import FACTS, REPORTS, DataConfig, DatasetConfig
 from megamed.data.frames import FrameLoader
 from megamed.data.frames.loader import build_loader
 from megamed.data.samples import load
+from megamed.data.series import SeriesInfo
+from megamed.data.specialties import Specialties, Specialty
 from megamed.data.store import VolumeStore
 from megamed.data.stream.chat import ChatWriter
 from megamed.data.stream.datasets import DataSet, FactSamples, FileSamples
@@ -36,7 +38,8 @@ FACT_FRAMES = 32
 
 
 def build_studies(
-    config: DataConfig, tokenizer: TextTokenizer, image_size: int, tokens_per_frame: int, document_multiple: int
+    config: DataConfig, tokenizer: TextTokenizer, image_size: int, tokens_per_frame: int, document_multiple: int,
+    specialties: Sequence[Specialty] = (),
 ) -> StudySource:
     """The source of a valid configuration with a store or data sets; arguments as for `build_source`.
 
@@ -51,7 +54,13 @@ def build_studies(
     chosen = config.datasets or [_default(config.store)]
     datasets = [_open(entry, config, store, training, held_out) for entry in chosen]
     writer = ChatWriter(tokenizer, tokens_per_frame)
-    documents = Documents(writer, store, config.frames, image_size, config.seq_length, config.too_long)
+    matcher = Specialties(specialties)
+    documents = Documents(writer, store, config.frames, image_size, config.seq_length, config.too_long, matcher)
+    for dataset in datasets:
+        if isinstance(dataset, FileSamples) and specialties:
+            dataset.check_labels(matcher)
+    if store is not None and specialties:
+        _say_who_calls(matcher, store, training)
     packing = config.packing
     source = StudySource(
         datasets,
@@ -82,6 +91,25 @@ def _split(store: VolumeStore | None, share: float) -> tuple[list[str], list[str
     if share and not chosen:
         log.warning("all series are of one patient: nothing is held out, whatever data.held_out=%g says", share)
     return training, held_out
+
+
+def _say_who_calls(specialties: Specialties, store: VolumeStore, training: Sequence[str]) -> None:
+    """Log how many series call each pool by their metadata, and warn of pools that none calls."""
+    names = ("series", "modality", "body_part")
+    rows = zip(*(store.index.table[name].to_pylist() for name in names), strict=True)
+    wanted, counts = set(training), [0] * (len(specialties.known) + 1)
+    for series, modality, body_part in rows:
+        if series in wanted:
+            called = specialties.of_series(SeriesInfo(modality=modality or "OT", body_part=body_part or ""))
+            for i in range(len(specialties.known)):
+                counts[i] += called >> i & 1
+            counts[-1] += not called
+    pools = [specialty.name for specialty in specialties.known]
+    log.info("series that call a pool of experts by their metadata: %s; %d call none",
+             ", ".join(f"{name} {count}" for name, count in zip(pools, counts, strict=False)), counts[-1])
+    if idle := [name for name, count in zip(pools, counts, strict=False) if not count]:
+        log.warning("no series to train on calls %s by its metadata: see model.language.moe.pools.*.match",
+                    " or ".join(idle))
 
 
 def _default(store: str) -> DatasetConfig:
