@@ -59,6 +59,7 @@ class Needle:
     visual_positions: list[int]
     frames: list[FrameRef]
     answer: list[int]
+    specialties: int = 0
 
 
 @functools.lru_cache(maxsize=4096)
