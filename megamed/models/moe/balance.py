@@ -34,14 +34,19 @@ def pool_balance_share(
     picked_TE = picked_TE.float()
     picks_E = picked_TE.sum(0)
     dist.all_reduce(picks_E, group=group)
-    picks_of_pool_P = member_PE @ picks_E
     # By expert: its score within its pool, and how many picks its pool has of the token.
-    within_TE = scores_TE / (scores_TE @ member_PE.t() @ member_PE).clamp(min=_TINY)
-    pool_picks_TE = picked_TE @ member_PE.t() @ member_PE
-    sums_E = (within_TE * pool_picks_TE).sum(0)
-    size_E, total_E = member_PE.sum(1) @ member_PE, picks_of_pool_P @ member_PE
+    within_TE = scores_TE / _of_pool(scores_TE, member_PE).clamp(min=_TINY)
+    sums_E = (within_TE * _of_pool(picked_TE, member_PE)).sum(0)
+    size_E = _of_pool(torch.ones_like(picks_E)[None], member_PE)[0]
+    total_E = _of_pool(picks_E[None], member_PE)[0]
     terms_E = size_E * picks_E * sums_E / total_E.clamp(min=1)
     return terms_E.sum() / picks_E.sum().clamp(min=1)
+
+
+def _of_pool(x_TE: Tensor, member_PE: Tensor) -> Tensor:
+    """For each expert, the sum over the experts of its pool."""
+    pool_E = member_PE.argmax(0)
+    return x_TE.new_zeros(len(x_TE), len(member_PE)).index_add(1, pool_E, x_TE)[:, pool_E]
 
 
 def z_loss_share(logits_TE: Tensor, real_T: Tensor, group: dist.ProcessGroup) -> Tensor:

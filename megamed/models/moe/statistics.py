@@ -19,7 +19,7 @@ class LayerStatistics:
     """
 
     def __init__(self, num_specialties: int, num_experts: int, device: torch.device):
-        # fp64 counts exactly, and its product is a matrix product.
+        # fp64 counts exactly, and is summed over ranks together with the rest.
         self.picks_RE = torch.zeros(num_specialties + 2, num_experts, dtype=torch.float64, device=device)
         self.entropy, self.load_balancing_loss, self.z_loss = torch.zeros(3, dtype=torch.float64, device=device)
 
@@ -36,7 +36,6 @@ class LayerStatistics:
         called_TP = called_TP & real_T[:, None]
         none_T = real_T & ~called_TP.any(1)
         rows_TR = torch.cat([called_TP, none_T[:, None], real_T[:, None]], dim=1)
-        # Sums of zeros and ones below 2^24 are exact in fp32.
-        self.picks_RE += rows_TR.float().t() @ picked_TE.float()
+        self.picks_RE += torch.stack([(picked_TE & row_T[:, None]).sum(0) for row_T in rows_TR.unbind(1)])
         shares_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
         self.entropy += (torch.special.entr(shares_TE).sum(-1) * real_T).sum()
