@@ -20,8 +20,7 @@ def parse() -> argparse.Namespace:
         description="Pretrain a vision-language model; see conf/ for groups and keys.",
         epilog="examples: +exp=fmri   +exp=fmri data.path=RUN.nii train.steps=500   +exp=fmri parallel.tensor=2",
     )
-    help = "Hydra overrides; +exp=NAME takes an experiment"
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=help)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides; +exp=NAME: an experiment")
     parser.add_argument("--cfg", action="store_true", help="print the composed configuration and stop")
     args, unknown = parser.parse_known_args()
     args.overrides += unknown  # where a misspelt option gets a better message
@@ -68,12 +67,13 @@ def main(args: argparse.Namespace) -> None:
     evaluation = eval.HeldOutEvaluation(ask, folder / "held_out.jsonl", config.eval.every_steps)
     if start_step < config.train.steps:
         run.write_settings(config, tokenizer, folder, start_step)
-        peak = train.matmul_peak(job.dtype)
+        measure = partial(train.measurements, config=config, peak_flops=train.matmul_peak(job.dtype))
         progress = train.Progress(config.train.steps)
         callbacks: list[train.Callback] = [
             progress,
-            train.Metrics(folder / "metrics.jsonl", peak),
-            train.Wandb(config.wandb, folder, config.run.name, facts, peak),
+            train.Metrics(folder / "metrics.jsonl", measure),
+            train.RoutingLog(folder / "routing.jsonl", config),
+            train.Wandb(config.wandb, folder, config.run.name, facts, measure),
             train.Checkpoints(manager, source, config.checkpoint.every_steps, config.train.steps),
         ]
         if config.eval.held_out:

@@ -1,11 +1,12 @@
 """Training: the step, the loop, and what happens beside it."""
 
 import megamed.runtime  # noqa: F401  makes Megatron importable, before the modules below import it
-from megamed.train.callbacks import Checkpoints, Metrics, Progress, Wandb
+from megamed.train.callbacks import Checkpoints, Metrics, Progress, Wandb, measurements
 from megamed.train.config import JobConfig
 from megamed.train.job import Job, build_job
 from megamed.train.loop import Callback, StepEvent, fit
 from megamed.train.meter import matmul_peak
+from megamed.train.routing_log import RoutingLog
 from megamed.train.step import Stepper, StepReport
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "JobConfig",
     "Metrics",
     "Progress",
+    "RoutingLog",
     "StepEvent",
     "StepReport",
     "Stepper",
@@ -22,4 +24,5 @@ __all__ = [
     "build_job",
     "fit",
     "matmul_peak",
+    "measurements",
 ]

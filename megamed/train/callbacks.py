@@ -1,11 +1,10 @@
 """What happens beside the training: progress, metrics, Weights & Biases, checkpoints."""
 
-import json
-import logging
 import os
 import shutil
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,23 @@ from tqdm import tqdm
 
 from megamed.checkpoint import CheckpointManager
 from megamed.data import MicrobatchSource
+from megamed.models.moe.report import routing_metrics
 from megamed.runtime import peak_memory_bytes
-from megamed.train.config import WandbConfig
+from megamed.train.config import JobConfig, WandbConfig
 from megamed.train.loop import StepEvent
+from megamed.train.step_log import StepLog
 from megamed.utils import UserError
 from megamed.utils.optional import require
 
-log = logging.getLogger(__name__)
+Measure = Callable[[StepEvent], dict[str, Any]]
 
 
-def measurements(event: StepEvent, peak_flops: float) -> dict[str, Any]:
+def measurements(event: StepEvent, config: JobConfig, peak_flops: float) -> dict[str, Any]:
     """What a step reports to metrics and trackers.
 
     Args:
         event: the step.
+        config: the job's settings.
         peak_flops: matrix-product peak of one rank, FLOP/s.
     """
     report, seconds = event.report, event.seconds
@@ -35,6 +37,8 @@ def measurements(event: StepEvent, peak_flops: float) -> dict[str, Any]:
     values: dict[str, Any] = {"step": event.step, "loss": report.loss}
     values |= {f"loss_{kind}": value for kind, value in report.loss_by_kind.items()}
     values |= report.moe_losses
+    if report.routing is not None:
+        values |= routing_metrics(report.routing, config.model.language.moe.resolved, config.parallel.expert)
     values |= {
         "lr": event.lr,
         "grad_norm": report.grad_norm,
@@ -87,63 +91,33 @@ class Progress:
 
 
 class Metrics:
-    """`metrics.jsonl`: one JSON object a step, written by rank 0 and flushed at once.
+    """`metrics.jsonl`: one JSON object a step, written by rank 0.
 
-    A resumed run first drops the steps after its checkpoint, which it takes again.
+    Args:
+        path: the file.
+        measure: what a step reports; `measurements` with its other arguments.
     """
 
-    def __init__(self, path: Path, peak_flops: float):
-        self.path, self.peak_flops = path, peak_flops
-        self.file: Any = None
+    def __init__(self, path: Path, measure: Measure):
+        self.log, self.measure = StepLog(path), measure
 
     def start(self, step: int) -> None:
-        if dist.get_rank() == 0:
-            try:
-                aside = self.path.with_suffix(".jsonl.new")
-                aside.write_text("".join(_lines_up_to(self.path, step)))
-                aside.replace(self.path)
-                self.file = open(self.path, "a")
-            except OSError as error:
-                raise self._failure(error) from error
+        self.log.start(step)
 
     def after_step(self, event: StepEvent) -> None:
-        if self.file:
-            try:
-                self.file.write(json.dumps(measurements(event, self.peak_flops)) + "\n")
-                self.file.flush()
-            except OSError as error:
-                raise self._failure(error) from error
-
-    def _failure(self, error: OSError) -> UserError:
-        return UserError(
-            f"{self.path}: cannot be written ({error.strerror or error}); free space there or set run.dir to "
-            "another disk, then run again"
-        )
+        if self.log.file:
+            self.log.write(self.measure(event))
 
     def end(self) -> None:
-        if self.file:
-            self.file.close()
-
-
-def _lines_up_to(path: Path, step: int) -> list[str]:
-    """Complete lines of earlier steps; the last one may have been cut by a kill."""
-    kept = []
-    if step and path.exists():
-        for line in path.read_text().splitlines(keepends=True):
-            try:
-                if json.loads(line)["step"] <= step and line.endswith("\n"):
-                    kept.append(line)
-            except ValueError:
-                log.warning("%s: a line that was cut short is dropped", path)
-    return kept
+        self.log.close()
 
 
 class Wandb:
     """Weights & Biases on rank 0: numbers and sizes only, no path, host or user name."""
 
-    def __init__(self, config: WandbConfig, folder: Path, name: str, settings: dict[str, Any], peak_flops: float):
+    def __init__(self, config: WandbConfig, folder: Path, name: str, settings: dict[str, Any], measure: Measure):
         self.config, self.folder, self.name = config, folder, name
-        self.settings, self.peak_flops = settings, peak_flops
+        self.settings, self.measure = settings, measure
         self.run: Any = None
 
     def start(self, step: int) -> None:
@@ -184,7 +158,7 @@ class Wandb:
 
     def after_step(self, event: StepEvent) -> None:
         if self.run:
-            values = measurements(event, self.peak_flops)
+            values = self.measure(event)
             self.run.log({k: v for k, v in values.items() if k != "step"}, step=event.step)
 
     def end(self) -> None:
