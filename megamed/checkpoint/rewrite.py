@@ -4,13 +4,14 @@ A model larger than the host's memory can be written so: each parameter is made 
 What is written is readable at any layout, as every checkpoint is.
 """
 
+import contextlib
 import io
 import json
 import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from megamed.checkpoint.state import weights_state
 from megamed.checkpoint.writer import reason_of, sync_folder, write_file
 from megamed.models.language import AttentionConfig, build_language_chunks
 from megamed.models.vlm import FrameEncoder, VLMConfig
-from megamed.runtime import Mesh, ParallelConfig, meta_device
+from megamed.runtime import Mesh, ParallelConfig, build_mesh, destroy_mesh, meta_device, seed_everything, start, stop
 from megamed.utils import UserError
 
 # Beside its numbers, what a tensor takes in the file: torch's own header and alignment, and its entry in the index.
@@ -72,6 +73,19 @@ class Piece:
         assert parameter.shape == self.whole[stacked:], f"{self.name}: {tuple(parameter.shape)}, not {self.whole}"
         region = tuple(slice(o, o + n) for o, n in zip(self.offsets[stacked:], self.sizes[stacked:], strict=True))
         return parameter[region].to(self.dtype).reshape(self.sizes).contiguous()
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[Mesh]:
+    """The mesh of a program that runs as one process, without a GPU, and computes nothing in parallel."""
+    start()
+    try:
+        mesh = build_mesh(ParallelConfig())
+        seed_everything(0, 0)  # Megatron's layers want random states, which nothing draws from
+        yield mesh
+    finally:
+        destroy_mesh()
+        stop()
 
 
 def outline(config: VLMConfig, mesh: Mesh, dtype: torch.dtype) -> list[Piece | str]:

@@ -230,12 +230,30 @@ def some_pools(config: VLMConfig, names: Sequence[str], source: str) -> VLMConfi
     check_names(names, moe.pools)
     kept = {name: pool for name, pool in moe.pools.items() if name in names or name == GENERAL}
     smaller = replace(moe, pools=kept)
+    if not smaller.resolved.specialties:
+        smaller = replace(smaller, routing="free")  # there is nothing left that could be called
     if smaller.total_experts < moe.top_k:
         raise UserError(
             f"--pools {' '.join(names)}: {smaller.total_experts} experts would be left, and tokens are sent to "
             f"top_k={moe.top_k}; keep further pools ({', '.join(n for n in moe.pools if n not in kept)})"
         )
     return replace(config, language=replace(config.language, moe=smaller))
+
+
+def as_stored(config: VLMConfig, weights: Weights) -> VLMConfig:
+    """A model's settings with those that make its routers keep what they have in a checkpoint; no card has them.
+
+    Args:
+        config: the model.
+        weights: in the checkpoint.
+    """
+    kept = {name.rpartition(".")[2] for name in weights if ".router." in name}
+    moe = replace(
+        config.language.moe,
+        routing="soft" if "prior" in kept else "free",
+        balance="bias" if "expert_bias" in kept else "aux_loss",
+    )
+    return replace(config, language=replace(config.language, moe=moe))
 
 
 def check_names(names: Sequence[str], pools: Mapping[str, object]) -> None:
@@ -264,8 +282,8 @@ class _Routers:
             return self._draw(name.removeprefix(_PREFIX), (pools.num_experts, self._hidden_size))
         if kind == "expert_bias":
             return torch.zeros(pools.num_experts)
-        own = [[owner == specialty for owner, _ in pools.order] for specialty in pools.specialties]
-        return torch.tensor(own).float() * self._moe.prior_init
+        own = [owner == specialty for specialty in pools.specialties for owner, _ in pools.order]
+        return torch.tensor(own).view(-1, pools.num_experts) * self._moe.prior_init
 
 
 class _Latest:

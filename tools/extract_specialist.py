@@ -1,0 +1,95 @@
+"""Take some pools of specialists out of a mixture of experts: a smaller checkpoint that stands by itself.
+
+    python tools/extract_specialist.py MOE --pools chest [neuro ...] --to OUT
+
+MOE is a checkpoint, or the folder of a run, whose newest one is taken. OUT is a checkpoint of weights alone with the
+named pools, the general pool, shared experts, and all that is no expert; `init.checkpoint=OUT` starts a run from it.
+For tokens that call all pools that were named, it computes what the whole model does with
+`model.language.moe.routing=hard`. `moe.yaml` in it has its experts' settings, and the last line that is printed is
+the command that trains it; rules that match studies stay in the configuration of the run that MOE is of.
+
+It takes one process, no GPU, and host memory for the largest matrix a few times over. Experts that are left out are
+not read. Whatever happens to it, OUT is there whole or not at all.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megamed.utils import UserError
+
+if TYPE_CHECKING:
+    from megamed.models.vlm import VLMConfig
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("moe", type=Path, metavar="MOE", help="checkpoint of a model with pools")
+    parser.add_argument("--pools", nargs="+", required=True, metavar="POOL", help="to keep, beside the general one")
+    parser.add_argument("--to", required=True, type=Path, metavar="OUT", help="the new checkpoint's folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    return parser.parse_args()
+
+
+def with_hard_routing(config: "VLMConfig") -> "VLMConfig":
+    """The settings with which the smaller model computes what the whole one does for its pools' tokens."""
+    from megamed.checkpoint import specialist_settings
+
+    moe = config.language.moe
+    hard = replace(config, language=replace(config.language, moe=replace(moe, routing="hard")))
+    try:
+        specialist_settings.check(hard)
+    except UserError:  # one of the pools alone is too small for it
+        return config
+    return hard
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make the checkpoint, and say how to train it."""
+    from megamed.checkpoint import find_checkpoint, model_of, rewrite, specialist_settings, specialists
+    from megamed.checkpoint.weights import Weights
+    from megamed.train.run import versions
+    from megamed.utils import log
+
+    log.setup(0)
+    rewrite.check_target(args.to, args.overwrite)
+    checkpoint = find_checkpoint(args.moe, "MOE")
+    weights = Weights(checkpoint)
+    whole = specialists.as_stored(model_of(checkpoint), weights)
+    config = specialists.some_pools(whole, args.pools, str(checkpoint))
+    moe = config.language.moe
+    make = specialists.Extract(weights, whole.language.moe.resolved, moe.resolved)
+    shown = with_hard_routing(config)
+    with rewrite.one_process() as mesh:
+        pieces = rewrite.outline(config, mesh, weights.dtype("language.embedding.word_embeddings.weight"))
+        beside = {specialist_settings.MOE_FILE: specialist_settings.moe_yaml(shown.language.moe)}
+        size = rewrite.write_weights(args.to, pieces, make, rewrite.make_card(config, versions()), beside)
+    print(
+        f"{args.to}: {size / 2**20:,.1f} MiB, {moe.total_experts} of {whole.language.moe.total_experts} experts a "
+        f"layer ({specialist_settings.say_sizes(moe)})"
+    )
+    print("Train it with the settings of your model and data, and:\n")
+    print(specialist_settings.instructions(shown, args.to, CONF, []))
+
+
+def main() -> int:
+    args = parse()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: shapes are made where no GPU is
+    try:
+        run(args)
+    except UserError as error:
+        print(f"megamed: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nmegamed: interrupted; nothing is left of {args.to}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
