@@ -153,7 +153,7 @@ def test_the_command_that_is_printed_trains(tmp_path: Path) -> None:
     code, output = run(tmp_path / "log", *small, "run.name=moe", *command[4:])
     assert code == 0 and f"starting from the weights of {tmp_path / 'moe'}, of step 0" in output, output
     again = [word.replace("train.steps=2", "train.steps=3") for word in small]
-    code, output = run(tmp_path / "log", *again, "run.name=moe", *command[4:])
+    code, output = run(tmp_path / "again.log", *again, "run.name=moe", *command[4:])
     assert code == 0 and "going on from" in output and "starting from the weights" not in output, output
     losses = [first_loss(tmp_path / "runs" / name) for name in ("dense", "moe")]
     assert losses[1] < losses[0], "it goes on from where the dense model was"
