@@ -36,9 +36,10 @@ from megamed.checkpoint.card import (
 from megamed.checkpoint.config import CheckpointConfig
 from megamed.checkpoint.state import load_optimizer, model_state, optimizer_state, random_state
 from megamed.checkpoint.weights import Weights, fill_state
-from megamed.checkpoint.writer import BackgroundWriter, reason_of, sync_folder, write_file
+from megamed.checkpoint.writer import BackgroundWriter, reason_of, write_file
 from megamed.runtime import Mesh, set_rng_state
 from megamed.utils import UserError
+from megamed.utils.files import sync
 
 log = logging.getLogger(__name__)
 
@@ -280,7 +281,7 @@ class CheckpointManager:
         if target.exists():  # the same step, saved again by a run that went back
             _discard(target)
         os.rename(aside, target)
-        sync_folder(self.folder)
+        sync(self.folder)
         if self.config.keep_last:
             for old in list_checkpoints(self.folder)[: -self.config.keep_last]:
                 _discard(old)

@@ -35,11 +35,12 @@ from tqdm import tqdm
 
 from megamed.checkpoint.card import CARD, describe_model
 from megamed.checkpoint.state import weights_state
-from megamed.checkpoint.writer import reason_of, sync_folder, write_file
+from megamed.checkpoint.writer import reason_of, write_file
 from megamed.models.language import AttentionConfig, build_language_chunks
 from megamed.models.vlm import FrameEncoder, VLMConfig
 from megamed.runtime import Mesh, ParallelConfig, build_mesh, destroy_mesh, meta_device, seed_everything, start, stop
 from megamed.utils import UserError
+from megamed.utils.files import sync
 
 # Beside its numbers, what a tensor takes in the file: torch's own header and alignment, and its entry in the index.
 _BYTES_PER_TENSOR = 4096
@@ -178,11 +179,11 @@ def write_weights(
         for name, text in beside.items():
             write_file(aside / name, text.encode())
         write_file(aside / CARD, json.dumps(card, indent=1).encode())
-        sync_folder(aside)
+        sync(aside)
         if target.exists():
             os.rename(target, discarded)
         os.rename(aside, target)
-        sync_folder(target.parent)
+        sync(target.parent)
         shutil.rmtree(discarded, ignore_errors=True)
     except (OSError, RuntimeError) as error:  # torch's writer turns the system's error into a RuntimeError
         shutil.rmtree(aside, ignore_errors=True)

@@ -95,15 +95,6 @@ def write_file(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _staged(request: AsyncRequest) -> list[Any]:
     """The buckets to write, with tensors that training does not touch: copies in host memory."""
     buckets = request.preload_fn() if request.preload_fn is not None else request.async_fn_args[1]

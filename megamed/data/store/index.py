@@ -18,6 +18,7 @@ import numpy as np
 
 from megamed.data.series import SeriesInfo
 from megamed.data.store.record import SeriesRecord, is_series_name, read_record
+from megamed.utils.files import sync
 
 # Loaded where it is used: it starts a thread, and the process that an ingest forks its workers from must have one only.
 if TYPE_CHECKING:
@@ -163,15 +164,6 @@ def replace(aside: Path, path: Path) -> None:
     sync(aside)
     os.replace(aside, path)
     sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Have the system write a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _table(records: Iterable[SeriesRecord]) -> pa.Table:

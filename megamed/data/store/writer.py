@@ -34,6 +34,7 @@ from megamed.data.store import index
 from megamed.data.store.record import HEADER, VOXELS, SeriesRecord, is_series_name, read_record
 from megamed.data.store.volume_store import ASIDE, VolumeStore
 from megamed.utils import UserError
+from megamed.utils.files import sync
 
 UNFINISHED = ".unfinished"
 LOCK = ".lock"
@@ -77,8 +78,8 @@ def write_series(root: Path, name: str, identity: Identity, series: Series, pseu
         digest.hexdigest(),
     )
     (folder / HEADER).write_text(record.to_json(), encoding="utf-8")
-    index.sync(folder / HEADER)
-    index.sync(folder)
+    sync(folder / HEADER)
+    sync(folder)
     return folder
 
 
@@ -116,16 +117,16 @@ class StoreWriter:
             return replace(record, folder=place)
         if self._has_index:
             (self._root / index.INDEX).unlink()  # it is there only where it is true
-            index.sync(self._root)
+            sync(self._root)
             self._has_index = False
         if not place.parent.is_dir():
             place.parent.mkdir(parents=True)
-            index.sync(self._root / index.SERIES)
+            sync(self._root / index.SERIES)
         old = self._unfinished / f"{record.series}{_REPLACED}"
         if place.exists():
             place.rename(old)
         folder.rename(place)
-        index.sync(place.parent)
+        sync(place.parent)
         shutil.rmtree(old, ignore_errors=True)
         return replace(record, folder=place)
 
@@ -169,7 +170,7 @@ class StoreWriter:
             place = index.folder_of(self._root, folder.name.removesuffix(_REPLACED))
             if folder.name.endswith(_REPLACED) and not place.exists():
                 folder.rename(place)
-                index.sync(place.parent)
+                sync(place.parent)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
 
