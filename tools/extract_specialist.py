@@ -16,10 +16,12 @@ import argparse
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megamed.utils import UserError
+from megamed.utils.command import exit_code
 
 if TYPE_CHECKING:
     from megamed.models.vlm import VLMConfig
@@ -39,9 +41,9 @@ def parse() -> argparse.Namespace:
 def with_hard_routing(config: "VLMConfig") -> "VLMConfig":
     """The settings with which the smaller model computes what the whole one does for its pools' tokens."""
     from megamed.checkpoint import specialist_settings
+    from megamed.checkpoint.specialists import with_moe
 
-    moe = config.language.moe
-    hard = replace(config, language=replace(config.language, moe=replace(moe, routing="hard")))
+    hard = with_moe(config, replace(config.language.moe, routing="hard"))
     try:
         specialist_settings.check(hard)
     except UserError:  # one of the pools alone is too small for it
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         size = rewrite.write_weights(args.to, pieces, make, rewrite.make_card(config, versions()), beside)
     print(
         f"{args.to}: {size / 2**20:,.1f} MiB, {moe.total_experts} of {whole.language.moe.total_experts} experts a "
-        f"layer ({specialist_settings.say_sizes(moe)})"
+        f"layer ({moe.resolved})"
     )
     print("Train it with the settings of your model and data, and:\n")
     print(specialist_settings.instructions(shown, args.to, CONF, []))
@@ -80,15 +82,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> int:
     args = parse()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: shapes are made where no GPU is
-    try:
-        run(args)
-    except UserError as error:
-        print(f"megamed: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nmegamed: interrupted; nothing is left of {args.to}", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(partial(run, args), f"nothing is left of {args.to}")
 
 
 if __name__ == "__main__":

@@ -25,11 +25,12 @@ are read, made and written one after the other. Whatever happens to it, MOE is t
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megamed.utils import UserError
-from megamed.utils.command import positive
+from megamed.utils.command import exit_code, positive
 
 if TYPE_CHECKING:
     from megamed.models.moe import MoEConfig
@@ -166,8 +167,7 @@ def run(args: argparse.Namespace) -> None:
         pieces = rewrite.outline(config, mesh, one.dtype("language.embedding.word_embeddings.weight"))
         beside = {specialist_settings.MOE_FILE: specialist_settings.moe_yaml(moe)}
         size = rewrite.write_weights(args.to, pieces, make, rewrite.make_card(config, versions()), beside)
-    sizes = specialist_settings.say_sizes(moe)
-    print(f"{args.to}: {size / 2**20:,.1f} MiB, {moe.total_experts} experts a layer ({sizes})")
+    print(f"{args.to}: {size / 2**20:,.1f} MiB, {moe.total_experts} experts a layer ({moe.resolved})")
     if args.dense and (args.noise or args.reinit):
         print("Its experts were varied (--noise, --reinit): it no longer computes exactly what the dense model does.")
     elif args.dense:
@@ -180,15 +180,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> int:
     args = parse()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: shapes are made where no GPU is
-    try:
-        run(args)
-    except UserError as error:
-        print(f"megamed: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nmegamed: interrupted; nothing is left of {args.to}", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(partial(run, args), f"nothing is left of {args.to}")
 
 
 if __name__ == "__main__":

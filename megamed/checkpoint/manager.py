@@ -170,7 +170,9 @@ class CheckpointManager:
             )  # fmt: skip
         self._check_optimizer(checkpoint, card)
         self._check_model(checkpoint, card, "set the model back or start a new run with run.name=NAME")
-        if lacking := self._router_state(checkpoint)[0]:
+        # Read for this alone, which a dense model has no need of.
+        has_experts = self.model.language[0].module.moe.total_experts
+        if has_experts and (lacking := self._router_state(Weights(checkpoint))[0]):
             raise UserError(
                 f"{checkpoint}: its routers have no {lacking[0]}; set model.language.moe.{_NEEDED_BY[lacking[0]][0]} "
                 f"back, or start a new run from its weights with run.name=NAME init.checkpoint={checkpoint}",
@@ -217,9 +219,10 @@ class CheckpointManager:
             checkpoint = _found_by_first_rank(Path(path))
             card = read_card(checkpoint)
             self._check_model(checkpoint, card, "set the model to that one, or take another checkpoint")
-            lacking, left = self._router_state(checkpoint)
+            weights = Weights(checkpoint)
+            lacking, left = self._router_state(weights)
             state = model_state(self.model.language, self.model.vision, self.mesh)
-            fill_state(Weights(checkpoint), state, optional=lacking)
+            fill_state(weights, state, lambda tensor: tensor.key.rpartition(".")[2] not in lacking)
             self.optimizer.reload_model_params()  # of which the optimizer keeps copies
             if dist.get_rank() == 0:
                 log.info("starting from the weights of %s, of step %d", checkpoint, card["step"])
@@ -230,12 +233,12 @@ class CheckpointManager:
                     log.info("its routers' %s is left behind, as model.language.moe.%s is not %s", name, key, value)
         return {"step": 0, "position": 0}
 
-    def _router_state(self, checkpoint: Path) -> tuple[list[str], list[str]]:
+    def _router_state(self, weights: Weights) -> tuple[list[str], list[str]]:
         """What routers of this model have and those in a checkpoint lack; and what those alone have."""
         moe = self.model.language[0].module.moe
         if not moe.total_experts:
             return [], []
-        there = {name.rpartition(".")[2] for name in Weights(checkpoint) if ".router." in name}
+        there = {name.rpartition(".")[2] for name in weights if ".router." in name}
         here = {name for name, (key, value) in _NEEDED_BY.items() if getattr(moe, key) == value}
         return sorted(here - there), sorted((there & set(_NEEDED_BY)) - here)
 

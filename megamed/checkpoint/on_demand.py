@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from megamed.checkpoint.card import model_of
-from megamed.checkpoint.specialists import as_stored, check_names
+from megamed.checkpoint.specialists import as_stored, check_names, with_moe
 from megamed.checkpoint.state import weights_state
-from megamed.checkpoint.weights import Weights
+from megamed.checkpoint.weights import Weights, fill_state
 from megamed.models.language import AttentionConfig, build_language_chunks
 from megamed.models.moe import GENERAL, Router
+from megamed.models.moe.router import in_turns
 from megamed.models.vlm import FrameEncoder, VLMConfig
 from megamed.runtime import Mesh, current_device
 from megamed.utils import UserError
@@ -177,13 +177,11 @@ class SpecialistLoader:
     def _read(self, wanted: Any) -> None:
         """Read parameters from the checkpoint: those of experts whose pool is wanted, and the rest for None."""
         state = weights_state([chunk.module for chunk in self.language], self.vision.module, self._mesh)
-        apply_factories(state)
-        tensors = [tensor for tensor in nested_values(state) if isinstance(tensor, ShardedTensor)]
-        self._weights.fill(
-            (tensor.key, tensor.global_offset, tensor.data)
-            for tensor in tensors
-            if wanted(self.pools.order[tensor.global_offset[0]][0] if _EXPERTS in tensor.key else None)
-        )
+
+        def is_wanted(tensor: ShardedTensor) -> bool:
+            return wanted(self.pools.order[tensor.global_offset[0]][0] if _EXPERTS in tensor.key else None)
+
+        fill_state(self._weights, state, is_wanted)
 
     def _watch_routers(self, chunks: list[Any]) -> None:
         routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Router)]
@@ -205,15 +203,14 @@ class SpecialistLoader:
             return output
         probs_TE, picked_TE = output
         mask = args[1] if len(args) > 1 else named.get("padding_mask")
-        real_T, called_TP = router._tokens(probs_TE, mask)
+        real_T, called_TP = router.tokens(probs_TE, mask)
         if is_first:
             self._refuse_missing(real_T, called_TP)
         here = [number for number, (owner, _) in enumerate(self.pools.order) if owner in (*self._resident, GENERAL)]
         here_R, top_k = torch.tensor(here, device=probs_TE.device), router.moe.top_k
         if len(here) < top_k:
             raise UserError(f"padding needs top_k={top_k} experts in memory, and {len(here)} are: call a pool first")
-        turn_TK = torch.arange(len(real_T) * top_k, device=probs_TE.device).view(-1, top_k) % len(here)
-        padding_TE = torch.zeros_like(picked_TE).scatter_(1, here_R[turn_TK], True)
+        padding_TE = torch.zeros_like(picked_TE).scatter_(1, in_turns(here_R, len(real_T), top_k), True)
         return probs_TE, torch.where(real_T[:, None], picked_TE, padding_TE)
 
     def _refuse_missing(self, real_T: Tensor, called_TP: Tensor) -> None:
@@ -286,7 +283,7 @@ def _with_hard_routing(config: VLMConfig, checkpoint: Path) -> VLMConfig:
     if not moe.pools:
         raise UserError(f"{checkpoint}: its model has no pools of experts, so none can be called")
     # A prior is not used with hard routing, and is left in the checkpoint.
-    return replace(config, language=replace(config.language, moe=replace(moe, routing="hard")))
+    return with_moe(config, replace(moe, routing="hard"))
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megamed.checkpoint.card import describe_model, differing_key
+from megamed.checkpoint.specialists import with_moe
 from megamed.config import compose, load, to_yaml
 from megamed.models.moe import MoEConfig, PoolConfig
 from megamed.models.vlm import VLMConfig
@@ -63,7 +64,7 @@ def read_moe(path: Path, model: VLMConfig) -> MoEConfig:
     """
     try:
         values = OmegaConf.load(path)
-        whole = OmegaConf.create({"model": asdict(replace(model, language=replace(model.language, moe=MoEConfig())))})
+        whole = OmegaConf.create({"model": asdict(with_moe(model, MoEConfig()))})
         OmegaConf.update(whole, KEY, values, merge=False)
         resolved = OmegaConf.to_container(OmegaConf.select(whole, KEY), resolve=True)
     except OSError as error:
@@ -83,11 +84,6 @@ def check(config: VLMConfig) -> None:
     """
     config.validate()
     config.language.validate(ParallelConfig())
-
-
-def say_sizes(moe: MoEConfig) -> str:
-    """Pools and their sizes, as on a command line."""
-    return " ".join(f"{name}={size}" for name, size in moe.resolved.sizes.items())
 
 
 def moe_yaml(moe: MoEConfig) -> str:
@@ -130,7 +126,7 @@ def _overrides(moe: MoEConfig) -> list[str]:
 
 def _model_option(config: VLMConfig, conf: Path) -> list[str]:
     """`model=NAME` if there is a file for a model of these sizes."""
-    plain: dict[str, Any] = describe_model(replace(config, language=replace(config.language, moe=MoEConfig())))
+    plain: dict[str, Any] = describe_model(with_moe(config, MoEConfig()))
     for path in sorted((conf / "model").glob("*.yaml")):
         values = compose(conf, "pretrain", [f"model={path.stem}"])["model"]
         if differing_key(describe_model(load(VLMConfig, values, "model")), plain) is None:

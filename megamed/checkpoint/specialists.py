@@ -171,6 +171,11 @@ class Extract:
         return whole
 
 
+def with_moe(config: VLMConfig, moe: MoEConfig) -> VLMConfig:
+    """A model's settings with others of its experts."""
+    return replace(config, language=replace(config.language, moe=moe))
+
+
 def with_experts(dense: VLMConfig, moe: MoEConfig, source: str) -> VLMConfig:
     """A dense model's settings with experts in the place of its MLPs.
 
@@ -184,10 +189,9 @@ def with_experts(dense: VLMConfig, moe: MoEConfig, source: str) -> VLMConfig:
     """
     language = dense.language
     if language.moe.total_experts:
-        sizes = " ".join(f"{name}={size}" for name, size in language.moe.resolved.sizes.items())
         raise UserError(
-            f"{source}: has experts already ({sizes}); name the checkpoint of a dense model. Pools are taken out of a "
-            "mixture with tools/extract_specialist.py"
+            f"{source}: has experts already ({language.moe.resolved}); name the checkpoint of a dense model. Pools are "
+            "taken out of a mixture with tools/extract_specialist.py"
         )
     width, own, shared = language.intermediate_size, moe.intermediate_size, moe.shared_intermediate_size
     if own + shared != width and own != width:
@@ -196,7 +200,7 @@ def with_experts(dense: VLMConfig, moe: MoEConfig, source: str) -> VLMConfig:
             f"experts of width {own} cannot compute what the dense MLP of width {width} does; take experts of "
             f"{width}{beside}"
         )
-    return replace(dense, language=replace(language, moe=moe))
+    return with_moe(dense, moe)
 
 
 def need_exact_weights(moe: MoEConfig) -> None:
@@ -237,7 +241,7 @@ def some_pools(config: VLMConfig, names: Sequence[str], source: str) -> VLMConfi
             f"--pools {' '.join(names)}: {smaller.total_experts} experts would be left, and tokens are sent to "
             f"top_k={moe.top_k}; keep further pools ({', '.join(n for n in moe.pools if n not in kept)})"
         )
-    return replace(config, language=replace(config.language, moe=smaller))
+    return with_moe(config, smaller)
 
 
 def as_stored(config: VLMConfig, weights: Weights) -> VLMConfig:
@@ -253,7 +257,7 @@ def as_stored(config: VLMConfig, weights: Weights) -> VLMConfig:
         routing="soft" if "prior" in kept else "free",
         balance="bias" if "expert_bias" in kept else "aux_loss",
     )
-    return replace(config, language=replace(config.language, moe=moe))
+    return with_moe(config, moe)
 
 
 def check_names(names: Sequence[str], pools: Mapping[str, object]) -> None:

@@ -7,7 +7,7 @@ there already. The format is that of torch's distributed checkpoints, which Mega
 import math
 import pickle
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,22 +151,18 @@ class Weights:
         return UserError(f"{self.checkpoint}: cannot be loaded ({reason_of(error)}); take another checkpoint")
 
 
-def fill_state(weights: Weights, state: dict, optional: Iterable[str] = ()) -> None:
-    """Read all that a sharded state dict has of a model's weights, in place.
+def fill_state(weights: Weights, state: dict, wanted: Callable[[ShardedTensor], bool]) -> None:
+    """Read what a sharded state dict has of a model's weights, in place.
 
     Args:
         weights: of the same model, at any layout.
         state: its data are views of the parameters; changed by this.
-        optional: last parts of names that the checkpoint lacks; these parameters are left as they are.
+        wanted: which of its tensors are read; the others are left as they are.
     """
     apply_factories(state)
     # Beside tensors there is quantisation state of Transformer Engine, which nothing here uses.
     tensors = [tensor for tensor in nested_values(state) if isinstance(tensor, ShardedTensor)]
-    weights.fill(
-        (tensor.key, tensor.global_offset, tensor.data)
-        for tensor in tensors
-        if tensor.key.rpartition(".")[2] not in optional
-    )
+    weights.fill((tensor.key, tensor.global_offset, tensor.data) for tensor in tensors if wanted(tensor))
 
 
 class _Targets(LoadPlanner):

@@ -6,23 +6,23 @@ for the i-th: a packed row has one such number a token, so that studies of diffe
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megamed.config.load import did_you_mean
 from megamed.data.series import SeriesInfo
 from megamed.utils import UserError
 
 if TYPE_CHECKING:
     from megamed.data.batch import Microbatch
 
-# Bits of a signed 64-bit number, one of which marks padding where tokens are routed.
+# They are bits of a signed 64-bit number.
 MOST_SPECIALTIES = 62
 
-# What a sample is labelled with that is to have the general pool alone.
+# The pool that every token may choose from: no specialty, and a label that calls none.
 GENERAL = "general"
 
 
@@ -91,8 +91,7 @@ class Specialties:
             if word == GENERAL:
                 continue
             if word not in self._bits:
-                near = difflib.get_close_matches(word, self._bits, 1)
-                hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(self._bits)}"
+                hint = did_you_mean(word, self._bits) or f"there are: {', '.join(self._bits)}"
                 raise UserError(
                     f"{where}: its specialty {label!r} is no pool's name or label; {hint} "
                     "(model.language.moe.pools)",

@@ -101,6 +101,7 @@ def language_input(microbatch: Microbatch, rows_RH: Tensor, mesh: Mesh) -> Langu
         return x_S[part_S].to(device)
 
     position_S = of_this_rank(microbatch.position_S)
+
     def of_this_router(x_S: Tensor) -> Tensor:
         """With sequence parallelism, the experts' router has the tensor-parallel rank's part alone."""
         x_BS = of_this_rank(x_S)[None]

@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from megamed.utils.errors import UserError
 
 
 def positive(text: str) -> int:
@@ -12,6 +14,27 @@ def positive(text: str) -> int:
     if int(text) < 1:
         raise ValueError(text)
     return int(text)
+
+
+def exit_code(run: Callable[[], None], interrupted: str) -> int:
+    """Run what a tool is for; a failure that the user can mend, and Ctrl-C, end it with one line.
+
+    Args:
+        run: what to do.
+        interrupted: what to say after Ctrl-C.
+
+    Returns:
+        0, 2 or 130.
+    """
+    try:
+        run()
+    except UserError as error:
+        print(f"megamed: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nmegamed: interrupted; {interrupted}", file=sys.stderr)
+        return 130
+    return 0
 
 
 def run_ranks(

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 
-# The pool that every token may choose from.
-GENERAL = "general"
+from megamed.data.specialties import GENERAL
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,10 @@ class Pools:
     """
 
     sizes: Mapping[str, int]
+
+    def __str__(self) -> str:
+        """Names and sizes, as on a command line."""
+        return " ".join(f"{name}={size}" for name, size in self.sizes.items())
 
     @property
     def names(self) -> tuple[str, ...]:

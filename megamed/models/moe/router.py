@@ -33,6 +33,12 @@ def routing_mask(padding_BS: Tensor, specialty_BS: Tensor, num_specialties: int)
     return torch.cat([padding_BS[..., None], (specialty_BS[..., None] >> bit_P & 1).bool()], dim=-1)
 
 
+def in_turns(experts_R: Tensor, num_tokens: int, top_k: int) -> Tensor:
+    """Experts for tokens that nothing speaks for [T, K]: one after the other, and from the first again."""
+    turn_TK = torch.arange(num_tokens * top_k, device=experts_R.device).view(-1, top_k)
+    return experts_R[turn_TK % len(experts_R)]
+
+
 class PoolMasks:
     """Which expert belongs where, as tensors on one device.
 
@@ -90,7 +96,7 @@ class Router(TopKRouter):
             Weights of the chosen experts [T, E], fp32, 0 for the others and for padding; and the choice, bool [T, E].
         """
         logits_TE = self.gating(input).flatten(0, -2)
-        real_T, called_TP = self._tokens(logits_TE, padding_mask)
+        real_T, called_TP = self.tokens(logits_TE, padding_mask)
         masks = self._masks_on(logits_TE.device)
         if self.moe.routing == "soft":
             logits_TE = logits_TE + called_TP.float() @ self.prior.float()
@@ -113,8 +119,8 @@ class Router(TopKRouter):
                 probs_TE = MoEAuxLossAutoScaler.apply(probs_TE, share * self.moe.aux_loss_coeff)
         return probs_TE, picked_TE
 
-    def _tokens(self, logits_TE: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Which tokens are real [T], and their specialties [T, P]."""
+    def tokens(self, logits_TE: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What a padding mask says: which tokens are real [T], and their specialties [T, P]."""
         num_tokens, num_specialties = len(logits_TE), len(self.pools.specialties)
         if mask is not None and mask.dim() == 3:
             told = mask.flatten(0, 1)
@@ -131,7 +137,7 @@ class Router(TopKRouter):
                 basis_TE = (scores_TE + self.expert_bias).masked_fill(logits_TE == float("-inf"), float("-inf"))
             chosen_TK = basis_TE.topk(top_k, dim=-1).indices
             # Padding looks alike and would all go to the same experts; in turns it burdens none more than another.
-            turn_TK = torch.arange(len(real_T) * top_k, device=real_T.device).view(-1, top_k) % self.pools.num_experts
+            turn_TK = in_turns(torch.arange(self.pools.num_experts, device=real_T.device), len(real_T), top_k)
             chosen_TK = torch.where(real_T[:, None], chosen_TK, turn_TK)
             picked_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, chosen_TK, True)
         if is_softmax and top_k > 1:
