@@ -12,7 +12,7 @@ from torch import nn
 
 from megamed.models.language.attention import BuildAttend, RotaryAttention
 from megamed.models.language.rotary import RotaryConfig
-from megamed.models.moe import MoEConfig, Router
+from megamed.models.moe import MoEConfig, Router, batched
 
 
 class RMSNorm(nn.RMSNorm):
@@ -46,6 +46,7 @@ def decoder_block_spec(
             mlp = ModuleSpec(module=mlp.func, submodules=mlp.keywords.get("submodules"))
         if mlp.module is MoELayer:
             mlp.submodules.router = partial(Router, moe)
+            mlp.submodules.experts = batched(mlp.submodules.experts)
         layer.submodules.self_attention.submodules.core_attention = partial(
             RotaryAttention, rotary=rotary, build=attend
         )
