@@ -18,6 +18,7 @@ from megamed.models.language.spec import decoder_block_spec
 from megamed.models.moe import MoEConfig
 from megamed.ops.cross_entropy import chunked_cross_entropy
 from megamed.runtime import Mesh, has_transformer_engine
+from megamed.utils import UserError
 
 
 class LanguageModel(GPTModel):
@@ -77,12 +78,18 @@ def build_language_chunks(
             for comparisons.
 
     Raises:
-        UserError: the model does not divide by the layout, or the attention cannot run here.
+        UserError: the model does not divide by the layout, or the attention or the experts cannot run here.
     """
     config.validate(mesh.config)
     te = use_transformer_engine
     if te is None:
         te = has_transformer_engine() and dtype != torch.float32
+    if config.moe.grouped_gemm and not te:
+        raise UserError(
+            "model.language.moe.grouped_gemm is Transformer Engine's, which fp32 models are built without; leave it "
+            "false, or train in bf16",
+            everywhere=True,
+        )
     transformer, attend = config.to_mcore(mesh.config, dtype), build_attend(attention, mesh)
     return [_chunk(config, transformer, mesh, attend, te, stage) for stage in range(mesh.config.virtual_pipeline)]
 

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from megamed.data.specialties import MOST_SPECIALTIES, MatchRule, Specialty
 from megamed.models.moe.pools import GENERAL, Pools
-from megamed.runtime import ParallelConfig
+from megamed.runtime import ParallelConfig, device_type, has_transformer_engine
 from megamed.utils import UserError
+from megamed.utils.optional import require
 
 _KEY = "model.language.moe"
 # Pools stand in names of metrics, options and files.
@@ -67,7 +68,9 @@ class MoEConfig:
     z_loss_coeff: float = 0.0
     """Weight of the router's z-loss (ST-MoE, arXiv:2202.08906)."""
     dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
-    """Megatron's token dispatcher; flex needs DeepEP."""
+    """Megatron's token dispatcher; flex needs GPUs and DeepEP."""
+    grouped_gemm: bool = False
+    """Compute a rank's experts with Transformer Engine's grouped products; without, `BatchedExperts` computes them."""
     log_every: int = 50
     """Steps between two lines of `routing.jsonl`, each with the routing of the steps since the one before."""
 
@@ -107,7 +110,7 @@ class MoEConfig:
             moe_aux_loss_coeff=0.0,
             moe_router_dtype="fp32",
             moe_token_dispatcher_type=self.dispatcher,
-            moe_grouped_gemm=False,
+            moe_grouped_gemm=self.grouped_gemm,
         )
 
     def validate(self, parallel: ParallelConfig) -> None:
@@ -150,7 +153,26 @@ class MoEConfig:
             yield "num_experts", f"is {self.num_experts}, which parallel.expert={parallel.expert} does not divide"
         if not self.pools and self.routing != "free":
             yield "routing", f"is {self.routing}, which needs pools that specialties call; set {_KEY}.pools"
+        yield from self._device_faults(parallel)
         yield from self._pool_faults(parallel)
+
+    def _device_faults(self, parallel: ParallelConfig) -> Iterator[tuple[str, str]]:
+        """What is not here, which Megatron would find out in the first step or replace in silence."""
+        if self.grouped_gemm and not has_transformer_engine():
+            yield "grouped_gemm", (
+                "needs a GPU and Transformer Engine, which is not here; leave it false, or install it with: "
+                "pip install --no-build-isolation transformer_engine[pytorch]"
+            )
+        if self.dispatcher != "flex":
+            return
+        if parallel.tensor * parallel.expert == 1:
+            yield "dispatcher", "is flex, which needs parallel.expert or parallel.tensor above 1; use alltoall"
+        if device_type() != "cuda":
+            yield "dispatcher", "is flex, which needs GPUs, and none is here; use alltoall or allgather"
+        try:
+            require("deep_ep", f"{_KEY}.dispatcher=flex", "the steps in https://github.com/deepseek-ai/DeepEP")
+        except UserError as error:
+            yield "dispatcher", f"{error}; or use alltoall"
 
     def _pool_faults(self, parallel: ParallelConfig) -> Iterator[tuple[str, str]]:
         names = self.resolved.specialties

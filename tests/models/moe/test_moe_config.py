@@ -1,11 +1,13 @@
 """Pools that cannot work are named before anything starts."""
 
+import sys
 from typing import Any
 
 import pytest
 
 from megamed.data.specialties import MatchRule
 from megamed.models.moe import MoEConfig, PoolConfig
+from megamed.models.moe import config as config_module
 from megamed.runtime import ParallelConfig
 from megamed.utils import UserError
 
@@ -37,11 +39,30 @@ RULED = MoEConfig(pools={"general": PoolConfig(2, match=[MatchRule(modality=["CT
         (MoEConfig(num_experts=4), {"tensor": 2}, "need parallel.sequence=true"),
         (moe({"a": 4}, specialty_dropout=1.5), {}, "specialty_dropout: is 1.5"),
         (moe({f"p{i}": 1 for i in range(63)}), {}, "63 of them beside general; 62"),
+        (moe({"a": 4}, dispatcher="flex"), {}, "dispatcher: is flex, which needs parallel.expert or parallel.tensor"),
     ],
 )
 def test_what_cannot_work_is_named(config: MoEConfig, layout: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         config.validate(ParallelConfig(**layout))
+
+
+@pytest.mark.parametrize(
+    ("values", "device", "message"),
+    [
+        ({"grouped_gemm": True}, "cpu", "grouped_gemm: needs a GPU and Transformer Engine"),
+        ({"dispatcher": "flex"}, "cpu", "dispatcher: is flex, which needs GPUs.*use alltoall"),
+        ({"dispatcher": "flex"}, "cuda", "dispatcher.*needs deep_ep, which is not installed.*or use alltoall"),
+    ],
+)
+def test_what_is_not_here_is_named(
+    values: dict[str, Any], device: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config_module, "device_type", lambda: device)
+    monkeypatch.setattr(config_module, "has_transformer_engine", lambda: False)
+    monkeypatch.setitem(sys.modules, "deep_ep", None)
+    with pytest.raises(UserError, match=message):
+        moe({"a": 4}, **values).validate(ParallelConfig(expert=2))
 
 
 def test_what_can_work_passes() -> None:
