@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--last", type=positive, metavar="STEPS", help=f"steps up to the last (default: {LAST_STEPS})")
     parser.add_argument("--from", type=positive, dest="first", metavar="STEP", help="first step")
     parser.add_argument("--to", type=positive, dest="to", metavar="STEP", help="last step")
+    parser.add_argument("--ranks", type=positive, metavar="N", help="expert-parallel ranks to load (default: the run's)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="the heat map (default: routing.png beside the file)")
     parser.add_argument("--no-png", action="store_true", help="tables alone, which needs no matplotlib")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers of the tables")
@@ -81,6 +82,18 @@ def parse() -> argparse.Namespace:
     if args.first and args.to and args.first > args.to:
         parser.error(f"--from {args.first} is after --to {args.to}")
     return args
+
+
+def on_ranks(routing: Routing, num_ranks: int) -> Routing:
+    """The same choices, had so many expert-parallel ranks shared the experts.
+
+    Raises:
+        UserError: they cannot.
+    """
+    for name, size in routing.pools.sizes.items():
+        if size % num_ranks:
+            raise UserError(f"--ranks {num_ranks} does not divide the {size} experts of pool {name}")
+    return replace(routing, expert_parallel=num_ranks)
 
 
 def find(run: Path) -> Path:
@@ -228,7 +241,22 @@ def numbers(routing: Routing) -> dict[str, Any]:
         "rows": rows,
         "pools": {name: _pool(routing, name, loads_LE) for name in pools.names},
         "layers": layers,
+        "one_specialty": _one_specialty(routing),
     }
+
+
+def _one_specialty(routing: Routing) -> dict[str, dict[str, float]]:
+    """Load of the busiest rank in a batch of one specialty alone, mean over layers: as experts are numbered, and were
+    pools numbered one after the other."""
+    pools, by_pool = routing.pools, [number for name in routing.pools.names for number in routing.pools.members[name]]
+    loads: dict[str, dict[str, float]] = {}
+    for row, name in enumerate(pools.specialties):
+        picks_LE = routing.picks_LRE[:, row]
+        if picks_LE.any():
+            both = (rank_loads(order, routing.expert_parallel) for order in (picks_LE, picks_LE[:, by_pool]))
+            spread, together = (round(float(loads_LN.max(1).mean()), 6) for loads_LN in both)
+            loads[name] = {"spread": spread, "together": together}
+    return loads
 
 
 def _pool(routing: Routing, name: str, loads_LE: np.ndarray) -> dict[str, Any]:
@@ -267,6 +295,9 @@ def tables(routing: Routing) -> str:
         within.append([name, str(pool["experts"]), *(used if pool["choices"] else ["not used", "", ""])])
     plural = "s" if routing.num_windows > 1 else ""
     ranks = f", on {routing.expert_parallel} expert-parallel ranks" if routing.expert_parallel > 1 else ""
+    alone = [["a batch of", "busiest rank", "were each pool on its own ranks"]]
+    alone += [[name, f"{x['spread']:.2f}", f"{x['together']:.2f}"] for name, x in facts["one_specialty"].items()]
+    of_ranks = ["", "Load of the busiest rank in a batch of one specialty alone, mean over layers", *_aligned(alone)]
     return "\n".join(
         [
             f"steps {routing.first:,} to {routing.last:,} ({routing.num_windows} window{plural})",
@@ -280,6 +311,7 @@ def tables(routing: Routing) -> str:
             "",
             "Layers (matched: choices of the tokens with specialties that went to pools of theirs)",
             *_aligned(_by_layer(facts)),
+            *(of_ranks if routing.expert_parallel > 1 and facts["one_specialty"] else []),
         ]
     )
 
@@ -413,6 +445,7 @@ def main(args: argparse.Namespace) -> None:
     path = find(args.run)
     last = args.last if args.last or args.first or args.to else LAST_STEPS
     routing = read(path, args.first, args.to, last)
+    routing = on_ranks(routing, args.ranks or routing.expert_parallel)
     text = tables(routing)
     try:
         if args.json:

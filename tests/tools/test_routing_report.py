@@ -11,7 +11,7 @@ import pytest
 from megamed.models.moe import Pools
 from megamed.utils import UserError
 from tests.launch.command import SMALL, run
-from tools.routing_report import draw, find, numbers, read, tables
+from tools.routing_report import draw, find, numbers, on_ranks, read, tables
 
 SIZES = {"general": 2, "chest": 4, "neuro": 2}
 POOLS = Pools(SIZES)
@@ -66,6 +66,18 @@ def test_numbers_of_one_window(path: Path) -> None:
     # Rank 0 has the first half of each pool: 26 + 42 + 11 and 46 + 32 + 11 of 138.
     assert (first["busiest_rank"], first["load"]) == (0, round(79 / 69, 6))
     assert (second["busiest_rank"], second["load"]) == (0, round(89 / 69, 6))
+
+
+def test_a_batch_of_one_specialty_on_ranks(path: Path) -> None:
+    routing = read(path, None, None, 10)
+    loads = numbers(routing)["one_specialty"]
+    # Half of each pool on rank 0: 40 of 80, and 20 + 10 + 20 of 80. One pool after the other it has all of general and
+    # half of chest: 40 of 80, and 40 + 10 + 20 of 80. A load is relative to the mean, 40.
+    assert loads["chest"] == {"spread": (1.0 + 1.25) / 2, "together": (1.0 + 1.75) / 2}
+    assert numbers(on_ranks(routing, 1))["one_specialty"]["neuro"] == {"spread": 1.0, "together": 1.0}
+    assert "a batch of" in tables(routing) and "a batch of" not in tables(on_ranks(routing, 1))
+    with pytest.raises(UserError, match="--ranks 4 does not divide the 2 experts of pool general"):
+        on_ranks(routing, 4)
 
 
 def test_windows_that_overlap_are_summed(path: Path) -> None:
