@@ -72,7 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--last", type=positive, metavar="STEPS", help=f"steps up to the last (default: {LAST_STEPS})")
     parser.add_argument("--from", type=positive, dest="first", metavar="STEP", help="first step")
     parser.add_argument("--to", type=positive, dest="to", metavar="STEP", help="last step")
-    parser.add_argument("--ranks", type=positive, metavar="N", help="expert-parallel ranks to load (default: the run's)")
+    parser.add_argument("--ranks", type=positive, metavar="N", help="expert-parallel ranks (default: the run's)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="the heat map (default: routing.png beside the file)")
     parser.add_argument("--no-png", action="store_true", help="tables alone, which needs no matplotlib")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers of the tables")
