@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megamed.checkpoint.weights import Weights
 from megamed.config.load import did_you_mean
-from megamed.models.moe import GENERAL, MoEConfig, Pools
+from megamed.models.moe import GENERAL, MoEConfig, Pools, initial_prior
 from megamed.models.vlm import VLMConfig
 from megamed.utils import UserError
 
@@ -286,8 +286,7 @@ class _Routers:
             return self._draw(name.removeprefix(_PREFIX), (pools.num_experts, self._hidden_size))
         if kind == "expert_bias":
             return torch.zeros(pools.num_experts)
-        own = [owner == specialty for specialty in pools.specialties for owner, _ in pools.order]
-        return torch.tensor(own).view(-1, pools.num_experts) * self._moe.prior_init
+        return initial_prior(self._moe)
 
 
 class _Latest:

@@ -45,8 +45,8 @@ class MoEConfig:
     specialty_dropout: float = 0.1
     """Share of training samples whose specialties are withheld, so that studies without metadata route well."""
     prior_init: float = 2.0
-    """soft: what the prior of a specialty starts at for its own pool's experts, in units of the router's logits; 0 for
-    the others."""
+    """soft: what the prior of a specialty starts at for the experts of its own pool and of `general`, in units of the
+    router's logits; 0 for the others."""
     top_k: int = 2
     """Experts each token is sent to."""
     score_function: Literal["softmax", "sigmoid"] = "softmax"

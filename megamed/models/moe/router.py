@@ -57,6 +57,15 @@ class PoolMasks:
         self.general_E = rows((GENERAL,))[0].bool()
 
 
+def initial_prior(moe: MoEConfig) -> Tensor:
+    """What priors start at [P, E]: `prior_init` for the experts of a specialty's own pool and of the general one.
+
+    Which pool an expert is in is told by the configuration alone, so this needs no draw.
+    """
+    masks = PoolMasks(moe.resolved, torch.device("cpu"))
+    return moe.prior_init * (masks.own_PE + masks.general_E)
+
+
 class Router(TopKRouter):
     """A top-k router over pools of experts; without pools, the usual one.
 
@@ -75,9 +84,7 @@ class Router(TopKRouter):
         self.statistics: LayerStatistics | None = None
         self._masks: PoolMasks | None = None
         if moe.routing == "soft":
-            # Which pool an expert is in is told by the configuration alone, so this needs no draw.
-            own_PE = PoolMasks(self.pools, torch.device("cpu")).own_PE
-            self.prior = nn.Parameter((moe.prior_init * own_PE).to(config.params_dtype))
+            self.prior = nn.Parameter(initial_prior(moe).to(config.params_dtype))
             self.prior.is_router = True  # type: ignore[attr-defined]
             # Each tensor-parallel rank has the gradient of its own tokens.
             self.prior.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
@@ -99,7 +106,10 @@ class Router(TopKRouter):
         real_T, called_TP = self.tokens(logits_TE, padding_mask)
         masks = self._masks_on(logits_TE.device)
         if self.moe.routing == "soft":
-            logits_TE = logits_TE + called_TP.float() @ self.prior.float()
+            prior_TE = called_TP.float() @ self.prior.float()
+            # Else the general pool would have as many priors as a token has specialties, and win against each of them.
+            share_T1 = called_TP.sum(1, keepdim=True).clamp(min=1).reciprocal()
+            logits_TE = logits_TE + prior_TE * torch.where(masks.general_E, share_T1, 1.0)
         keeps_record = self.training and torch.is_grad_enabled()  # not in the first pass of recomputation
         if keeps_record and self.moe.z_loss_coeff:
             share = z_loss_share(logits_TE, real_T, self.tp_cp_group)

@@ -140,8 +140,33 @@ def test_specialties_decide_what_they_should(ranks: Any) -> None:
         assert found[routing]["chest"][both].any() and found[routing]["neuro"][both].any()
         for name in SIZES:
             assert (found[routing][name][none] == found["free"][name][none]).all(), "no specialty: scores alone"
-    assert found["hard"]["general"][chest].any(), "the general pool is open to all"
-    assert not found["soft"]["general"][chest].any(), "so large a prior leaves nothing to it"
+        assert found[routing]["general"][chest].any(), "the general pool is open to all"
+
+
+def _priors() -> np.ndarray:
+    """Logits of a token of chest, of neuro, of both and of none, that the router's weight has nothing to say of."""
+    router = build(settings(routing="soft", prior_init=2.0))
+    router.weight.data.zero_()
+    seen, choose = [], router._choose
+
+    def watched(logits_TE: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(logits_TE.detach())
+        return choose(logits_TE, *others)
+
+    router._choose = watched  # type: ignore[method-assign]
+    router(inputs(), told([CHEST, NEURO, CHEST | NEURO, 0]))
+    return seen[0][:: TOKENS // 4].numpy()
+
+
+def test_priors_favour_own_pools_and_the_general_one_alike(ranks: Any) -> None:
+    logits = ranks.run(_priors, 1)[0]
+    found = [{name: set(row[list(members)]) for name, members in POOLS.members.items()} for row in logits]
+    assert found == [
+        {"general": {2.0}, "chest": {2.0}, "neuro": {0.0}},
+        {"general": {2.0}, "chest": {0.0}, "neuro": {2.0}},
+        {"general": {2.0}, "chest": {2.0}, "neuro": {2.0}},
+        {"general": {0.0}, "chest": {0.0}, "neuro": {0.0}},
+    ]
 
 
 def _padding() -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
