@@ -31,8 +31,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kv-heads", type=int, default=2, help="key and value heads (default: 2)")
     parser.add_argument("--layers", type=int, default=2, help="layers (default: 2)")
     parser.add_argument("--vocabulary", type=int, default=1024, help="words (default: 1024)")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a step, in one row (default: 4096)")
-    parser.add_argument("--documents", type=int, default=8, help="documents of a step (default: 8)")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a row (default: 4096)")
+    parser.add_argument("--documents", type=int, default=8, help="documents of a row (default: 8)")
+    parser.add_argument("--rows", type=int, default=1, help="rows of a step, one after the other (default: 1)")
     parser.add_argument("--repetitions", type=int, default=10, help="timed steps of each side (default: 10)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them (default: 2)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
@@ -83,10 +84,10 @@ def build(args: argparse.Namespace, mesh: Any, width: int, num_experts: int, seq
     row = text(args)
 
     def step(turn: int) -> None:
-        job.stepper.train([row], lambda frames: torch.empty(0, 3, 14, 14), job.optimizer)
+        job.stepper.train([row] * args.rows, lambda frames: torch.empty(0, 3, 14, 14), job.optimizer)
 
     parameters = sum(p.numel() for chunk in job.model.language for p in chunk.parameters())
-    return Side(step, parameters, step_flops(config.model, [row]))
+    return Side(step, parameters, step_flops(config.model, [row] * args.rows))
 
 
 def job_config(args: argparse.Namespace, width: int, num_experts: int, grouped: bool) -> Any:
@@ -119,7 +120,7 @@ def job_config(args: argparse.Namespace, width: int, num_experts: int, grouped: 
     )  # fmt: skip
     config.data.seq_length = args.tokens
     config.optim = OptimConfig(lr=1e-4, warmup_steps=0)
-    config.train.microbatches = 1
+    config.train.microbatches = args.rows
     config.train.dtype = "bf16" if runtime.device_type() == "cuda" else "fp32"
     return config
 
@@ -166,7 +167,7 @@ def main(args: argparse.Namespace) -> None:
     times = take_turns({name: side.step for name, side in sides.items()}, args.warmup, args.repetitions)
     print(environment())
     print(f"{args.layers} layers, hidden size {args.hidden}, experts {args.width} wide, top {args.top_k}; "
-          f"{args.tokens} tokens a step; {sides['dense'].num_parameters:,} parameters are active")
+          f"{args.rows} rows of {args.tokens} tokens a step; {sides['dense'].num_parameters:,} parameters are active")
     if runtime.device_type() == "cuda":
         report_speeds(args, sides, times)
     report_ratios(args, sides, times)
@@ -209,7 +210,7 @@ def report_speeds(args: argparse.Namespace, sides: dict[str, Side], times: dict[
     for name, side in sides.items():
         median = statistics.median(times[name].wall)
         print(f"| {name} | {side.num_parameters:,} | {1e3 * median:.1f} ({1e3 * min(times[name].wall):.1f} to "
-              f"{1e3 * max(times[name].wall):.1f}) | {args.tokens / median:.0f} | {side.flops / median / 1e12:.1f} | "
+              f"{1e3 * max(times[name].wall):.1f}) | {args.rows * args.tokens / median:.0f} | {side.flops / median / 1e12:.1f} | "
               f"{side.flops / median / peak:.1%} |")
 
 
