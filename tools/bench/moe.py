@@ -210,8 +210,8 @@ def report_speeds(args: argparse.Namespace, sides: dict[str, Side], times: dict[
     for name, side in sides.items():
         median = statistics.median(times[name].wall)
         print(f"| {name} | {side.num_parameters:,} | {1e3 * median:.1f} ({1e3 * min(times[name].wall):.1f} to "
-              f"{1e3 * max(times[name].wall):.1f}) | {args.rows * args.tokens / median:.0f} | {side.flops / median / 1e12:.1f} | "
-              f"{side.flops / median / peak:.1%} |")
+              f"{1e3 * max(times[name].wall):.1f}) | {args.rows * args.tokens / median:.0f} | "
+              f"{side.flops / median / 1e12:.1f} | {side.flops / median / peak:.1%} |")
 
 
 if __name__ == "__main__":
