@@ -1,20 +1,22 @@
-"""Projector weights to and from transformers' native `InternVLMultiModalProjector`."""
+"""Projector weights to and from InternVL's: transformers' `InternVLMultiModalProjector`, and `mlp1` of the releases."""
 
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from megamed.models.weight_map import Rename, to_ours, to_theirs
+from megamed.models.weight_map import Line, Table, to_ours, to_theirs
 
-# Names within the projector: `model.multi_modal_projector.` is taken off and put back by the caller.
-TABLE = (
-    Rename("norm.weight", ("layer_norm.weight",)),
-    Rename("norm.bias", ("layer_norm.bias",)),
-    Rename("fc1.weight", ("linear_1.weight",)),
-    Rename("fc1.bias", ("linear_1.bias",)),
-    Rename("fc2.weight", ("linear_2.weight",)),
-    Rename("fc2.bias", ("linear_2.bias",)),
-)
+# Names within the projector: what is in front of it (`multi_modal_projector.`, `mlp1.`) is the family's.
+_TRANSFORMERS = {"norm": "layer_norm", "fc1": "linear_1", "fc2": "linear_2"}
+_RELEASED = {"norm": "0", "fc1": "1", "fc2": "3"}
+
+
+def _table(names: Mapping[str, str]) -> Table:
+    kinds = ("weight", "bias")
+    return Table(tuple(Line(f"{ours}.{kind}", (f"{names[ours]}.{kind}",)) for ours in names for kind in kinds))
+
+
+TRANSFORMERS, RELEASED = _table(_TRANSFORMERS), _table(_RELEASED)
 
 
 def from_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -23,7 +25,7 @@ def from_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         UserError: a name that the projector does not have.
     """
-    return to_ours(TABLE, state_dict)
+    return to_ours(TRANSFORMERS, state_dict)
 
 
 def to_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -32,4 +34,4 @@ def to_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         UserError: a name that is not a projector's.
     """
-    return to_theirs(TABLE, state_dict)
+    return to_theirs(TRANSFORMERS, state_dict)

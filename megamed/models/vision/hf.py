@@ -1,46 +1,64 @@
-"""Vision tower weights to and from transformers' native `InternVLVisionModel`."""
+"""Vision tower weights to and from InternViT's: transformers' `InternVLVisionModel`, and the releases' own."""
 
 import re
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from megamed.models.weight_map import Rename, to_ours, to_theirs
+from megamed.models.weight_map import Line, Table, to_ours, to_theirs
 
-_THEIR_LAYER = "encoder.layer.{i}"
-
-
-def _fused_qkv(kind: str) -> Rename:
-    return Rename(
-        f"layers.{{i}}.attention.qkv.{kind}",
-        tuple(f"{_THEIR_LAYER}.attention.{part}_proj.{kind}" for part in ("q", "k", "v")),
+# Names within the tower: what is in front of it (`vision_tower.`, `vision_model.`) is the family's.
+_LAYER = "encoder.layer.{i}"
+TRANSFORMERS = Table(
+    (
+        Line("class_token", ("embeddings.cls_token",)),
+        Line("position_embedding.weight", ("embeddings.position_embeddings",)),
+        *(
+            Line(f"patch_embedding.{kind}", (f"embeddings.patch_embeddings.projection.{kind}",))
+            for kind in ("weight", "bias")
+        ),
+        *(
+            Line(f"layers.{{i}}.attention.qkv.{kind}", tuple(f"{_LAYER}.attention.{x}_proj.{kind}" for x in "qkv"))
+            for kind in ("weight", "bias")
+        ),
+        *(Line(f"layers.{{i}}.attention.{x}_norm.weight", (f"{_LAYER}.attention.{x}_norm.weight",)) for x in "qk"),
+        *(
+            Line(f"layers.{{i}}.{ours}.{kind}", (f"{_LAYER}.{theirs}.{kind}",))
+            for ours, theirs in {
+                "norm1": "layernorm_before",
+                "attention.proj": "attention.projection_layer",
+                "norm2": "layernorm_after",
+                "mlp.fc1": "mlp.fc1",
+                "mlp.fc2": "mlp.fc2",
+            }.items()
+            for kind in ("weight", "bias")
+        ),
+        *(Line(f"layers.{{i}}.layer_scale{n}", (f"{_LAYER}.lambda_{n}",)) for n in "12"),
+        *(Line(f"norm.{kind}", (f"layernorm.{kind}",)) for kind in ("weight", "bias")),
     )
+)
 
-
-# Names within the tower: `model.vision_tower.` is taken off and put back by the caller.
-TABLE = (
-    Rename("class_token", ("embeddings.cls_token",)),
-    Rename("position_embedding.weight", ("embeddings.position_embeddings",)),
-    Rename("patch_embedding.weight", ("embeddings.patch_embeddings.projection.weight",)),
-    Rename("patch_embedding.bias", ("embeddings.patch_embeddings.projection.bias",)),
-    Rename("layers.{i}.norm1.weight", (f"{_THEIR_LAYER}.layernorm_before.weight",)),
-    Rename("layers.{i}.norm1.bias", (f"{_THEIR_LAYER}.layernorm_before.bias",)),
-    _fused_qkv("weight"),
-    _fused_qkv("bias"),
-    Rename("layers.{i}.attention.q_norm.weight", (f"{_THEIR_LAYER}.attention.q_norm.weight",)),
-    Rename("layers.{i}.attention.k_norm.weight", (f"{_THEIR_LAYER}.attention.k_norm.weight",)),
-    Rename("layers.{i}.attention.proj.weight", (f"{_THEIR_LAYER}.attention.projection_layer.weight",)),
-    Rename("layers.{i}.attention.proj.bias", (f"{_THEIR_LAYER}.attention.projection_layer.bias",)),
-    Rename("layers.{i}.layer_scale1", (f"{_THEIR_LAYER}.lambda_1",)),
-    Rename("layers.{i}.norm2.weight", (f"{_THEIR_LAYER}.layernorm_after.weight",)),
-    Rename("layers.{i}.norm2.bias", (f"{_THEIR_LAYER}.layernorm_after.bias",)),
-    Rename("layers.{i}.mlp.fc1.weight", (f"{_THEIR_LAYER}.mlp.fc1.weight",)),
-    Rename("layers.{i}.mlp.fc1.bias", (f"{_THEIR_LAYER}.mlp.fc1.bias",)),
-    Rename("layers.{i}.mlp.fc2.weight", (f"{_THEIR_LAYER}.mlp.fc2.weight",)),
-    Rename("layers.{i}.mlp.fc2.bias", (f"{_THEIR_LAYER}.mlp.fc2.bias",)),
-    Rename("layers.{i}.layer_scale2", (f"{_THEIR_LAYER}.lambda_2",)),
-    Rename("norm.weight", ("layernorm.weight",)),
-    Rename("norm.bias", ("layernorm.bias",)),
+_RELEASED_LAYER = "encoder.layers.{i}"
+RELEASED = Table(
+    (
+        Line("class_token", ("embeddings.class_embedding",)),
+        Line("position_embedding.weight", ("embeddings.position_embedding",)),
+        *(Line(f"patch_embedding.{kind}", (f"embeddings.patch_embedding.{kind}",)) for kind in ("weight", "bias")),
+        *(Line(f"layers.{{i}}.attention.{x}_norm.weight", (f"{_RELEASED_LAYER}.attn.{x}_norm.weight",)) for x in "qk"),
+        *(
+            Line(f"layers.{{i}}.{ours}.{kind}", (f"{_RELEASED_LAYER}.{theirs}.{kind}",))
+            for ours, theirs in {
+                "norm1": "norm1",
+                "attention.qkv": "attn.qkv",
+                "attention.proj": "attn.proj",
+                "norm2": "norm2",
+                "mlp.fc1": "mlp.fc1",
+                "mlp.fc2": "mlp.fc2",
+            }.items()
+            for kind in ("weight", "bias")
+        ),
+        *(Line(f"layers.{{i}}.layer_scale{n}", (f"{_RELEASED_LAYER}.ls{n}",)) for n in "12"),
+    )
 )
 
 
@@ -55,7 +73,7 @@ def from_hf(state_dict: Mapping[str, Tensor], num_layers: int | None = None) -> 
     Raises:
         UserError: a name that the tower does not have, or a missing part of a fused weight.
     """
-    ours = to_ours(TABLE, state_dict)
+    ours = to_ours(TRANSFORMERS, state_dict)
     if num_layers is None:
         return ours
     behind = re.compile(r"norm\.|layers\.(\d+)\.")
@@ -73,4 +91,4 @@ def to_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         UserError: a name that is not a vision tower's.
     """
-    return to_theirs(TABLE, state_dict)
+    return to_theirs(TRANSFORMERS, state_dict)
