@@ -317,7 +317,7 @@ def test_checkpoints_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match="model.norm.bias in the checkpoint is unknown"):
         from_hf({**state, "model.norm.bias": torch.zeros(48)}, chosen.ours, "llama")
     without_key = {name: tensor for name, tensor in state.items() if "layers.1.self_attn.k_proj" not in name}
-    with pytest.raises(UserError, match=r"lacks model.layers.1.self_attn.k_proj.weight, a part of decoder.layers.1.self_att"):
+    with pytest.raises(UserError, match=r"lacks model.layers.1.self_attn.k_proj.weight, a part of decoder"):
         from_hf(without_key, chosen.ours, "llama")
     with pytest.raises(UserError, match="250 rows in the checkpoint, 251 by .*: check vocab_size"):
         from_hf(state, replace(chosen.ours, vocab_size=251), "llama")
