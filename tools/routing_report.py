@@ -30,6 +30,7 @@ from megamed.models.moe import Pools
 from megamed.models.moe.report import ALL, NONE, expert_loads, match_counts, pool_shares, rank_loads, row_names
 from megamed.utils import UserError
 from megamed.utils.command import positive
+from megamed.utils.files import write_text
 from megamed.utils.optional import require
 
 FILE = "routing.jsonl"
@@ -353,7 +354,7 @@ def draw(routing: Routing, out: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    used = [row for row in range(len(routing.rows)) if routing.picks_LRE[:, row].any()]
+    used = _used_rows(routing)
     specialties = [row for row in used if row < len(routing.pools.specialties)]
     heights = [0.30 * len(used) + 1.3, *([0.30 * len(specialties) + 1.0] if specialties else [])]
     width = min(max(7.0, 2.2 + 0.075 * routing.pools.num_experts), 17.0)
@@ -361,7 +362,7 @@ def draw(routing: Routing, out: Path) -> None:
         figure, panels = pyplot.subplots(
             len(heights), 1, figsize=(width, sum(heights)), height_ratios=heights, layout="constrained", squeeze=False
         )
-        _draw_experts(panels[0, 0], routing, used)
+        draw_experts(panels[0, 0], routing)
         if specialties:
             _draw_match(panels[1, 0], routing, specialties)
         unfinished = out.with_name(f".{out.stem}.part{out.suffix}")
@@ -374,8 +375,18 @@ def draw(routing: Routing, out: Path) -> None:
             pyplot.close(figure)
 
 
-def _draw_experts(panel: Any, routing: Routing, used: list[int]) -> None:
-    """Share of each specialty's choices that went to each expert, experts by pool."""
+def _used_rows(routing: Routing) -> list[int]:
+    return [row for row in range(len(routing.rows)) if routing.picks_LRE[:, row].any()]
+
+
+def draw_experts(panel: Any, routing: Routing) -> None:
+    """Draw the share of each specialty's choices that went to each expert, experts by pool.
+
+    Args:
+        panel: matplotlib's axes, of a figure.
+        routing: what to draw.
+    """
+    used = _used_rows(routing)
     pools = routing.pools
     order = [number for name in pools.names for number in pools.members[name]]
     picks_RE = routing.picks_LRE.sum(0)[used][:, order]
@@ -434,13 +445,6 @@ def _write_shares(panel: Any, shares: np.ndarray) -> None:
         panel.text(x, y, f"{share:.0%}", ha="center", va="center", fontsize=7, color=colour)
 
 
-def write_json(facts: dict[str, Any], out: Path) -> None:
-    """Write numbers; a killed run leaves the old file or the new one."""
-    unfinished = out.with_name(f".{out.name}.part")
-    unfinished.write_text(json.dumps(facts, indent=1) + "\n")
-    os.replace(unfinished, out)
-
-
 def main(args: argparse.Namespace) -> None:
     path = find(args.run)
     last = args.last if args.last or args.first or args.to else LAST_STEPS
@@ -449,7 +453,7 @@ def main(args: argparse.Namespace) -> None:
     text = tables(routing)
     try:
         if args.json:
-            write_json(numbers(routing), args.json)
+            write_text(args.json, json.dumps(numbers(routing), indent=1) + "\n")
         if not args.no_png:
             png = args.png or path.with_name("routing.png")
             draw(routing, png)

@@ -11,3 +11,10 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file; a killed program leaves the old one or the new one."""
+    unfinished = path.with_name(f".{path.name}.part")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
