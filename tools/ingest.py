@@ -3,15 +3,16 @@
     python tools/ingest.py SOURCE... --out STORE        folders, DICOMDIR, zip and tar, NIfTI, pictures, reports
     python tools/ingest.py inspect STORE                what is in it, as a table and a contact sheet
     python tools/ingest.py verify STORE                 read every file and compare it with its sum
+    python tools/ingest.py keywords [TEXT]              terms that are kept of descriptions; those that a text names
 
     python tools/ingest.py /data/pacs_export.zip --out stores/chest
     python tools/ingest.py /data/ct /data/reports.csv --out stores/ct --dates shift --workers 16
     python tools/ingest.py inspect stores/ct --sheet ct.png
 
 Stopped at any moment, the same command goes on where it was. Nothing in STORE says who somebody is; what does, the
-project's key and the table of refused files, lies in STORE.private. A source folder that is called inspect or verify
-is given as ./inspect. Exit code: 0 if something was ingested or is there already, 2 for what you can mend, 130 after
-Ctrl-C.
+project's key and the table of refused files, lies in STORE.private. A source folder that is called inspect, verify
+or keywords is given as ./inspect. Exit code: 0 if something was ingested or is there already, 2 for what you can mend,
+130 after Ctrl-C.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     description: dict[str, Any] = {
         "description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter,
     }  # fmt: skip
-    command = arguments[0] if arguments and arguments[0] in ("inspect", "verify") else "ingest"
+    command = arguments[0] if arguments and arguments[0] in ("inspect", "verify", "keywords") else "ingest"
     if command == "ingest":
         parser = argparse.ArgumentParser(**description)
         parser.add_argument("sources", nargs="+", metavar="SOURCE", help="folder or file")
@@ -61,6 +62,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
                             help="for one series (default: 600)")
         parser.add_argument("--max-voxels", type=positive, default=4_000_000_000, metavar="N",
                             help="of one series (default: 4000000000)")
+    elif command == "keywords":
+        parser = argparse.ArgumentParser(prog="ingest.py keywords", **description)
+        parser.add_argument("text", nargs="?", metavar="TEXT", help="a description; without one, the whole list")
     else:
         parser = argparse.ArgumentParser(prog=f"ingest.py {command}", **description)
         parser.add_argument("store", type=Path, metavar="STORE")
@@ -108,10 +112,20 @@ def run_command(args: argparse.Namespace) -> int:
     """
     if args.command == "ingest":
         return ingest(args)
+    if args.command == "keywords":
+        return keywords(args.text)
     from megamed.data.store import VolumeStore
 
     store = VolumeStore(args.store)
     return inspect(store, args) if args.command == "inspect" else verify(store)
+
+
+def keywords(text: str | None) -> int:
+    """Print the list of terms, or those that a text names."""
+    from megamed.data.keywords import find_keywords, listing
+
+    print(listing() if text is None else "\n".join(find_keywords([text])) or "none")
+    return 0
 
 
 def inspect(store: "VolumeStore", args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megamed.config.load import did_you_mean
+from megamed.data.keywords import term_of
 from megamed.data.series import SeriesInfo
 from megamed.utils import UserError
 
@@ -37,12 +38,23 @@ class MatchRule:
     """DICOM's codes: CT, MR, CR, ..."""
     body_part: list[str] = field(default_factory=list)
     """DICOM's codes: CHEST, BRAIN, ..."""
+    keywords: list[str] = field(default_factory=list)
+    """Terms of the study's and series' descriptions, or what stands for them: stroke, lung nodule, ... Ingest keeps
+    those that `megamed.data.keywords` lists."""
 
     def holds(self, info: SeriesInfo) -> bool:
         """Whether it holds for a series; a rule that gives nothing holds for none."""
-        given = [(self.modality, info.modality), (self.body_part, info.body_part)]
-        asked = [(wanted, found) for wanted, found in given if wanted]
-        return bool(asked) and all(found.upper() in {word.upper() for word in wanted} for wanted, found in asked)
+        given = (
+            (self.modality, {info.modality.upper()}, str.upper),
+            (self.body_part, {info.body_part.upper()}, str.upper),
+            (self.keywords, set(info.keywords), term_of),
+        )
+        asked = [(found, set(map(normal, wanted))) for wanted, found, normal in given if wanted]
+        return bool(asked) and all(found & wanted for found, wanted in asked)
+
+    def unknown_keyword(self) -> str | None:
+        """A keyword that no description is searched for, if it has one."""
+        return next((word for word in self.keywords if term_of(word) is None), None)
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,15 @@ class Specialties:
         """What a series calls by its metadata."""
         return sum(1 << i for i, s in enumerate(self.known) if any(rule.holds(info) for rule in s.rules))
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All that a sample may call a pool by, in small letters."""
+        return tuple(self._bits)
+
+    def knows(self, label: str) -> bool:
+        """Whether a sample may have such a label."""
+        return label.lower() in self._bits or label.lower() == GENERAL
+
     def of_labels(self, labels: Iterable[str], where: str) -> int:
         """What a sample calls by its labels; nothing where the model has no pools.
 
@@ -90,7 +111,7 @@ class Specialties:
             word = label.lower()
             if word == GENERAL:
                 continue
-            if word not in self._bits:
+            if not self.knows(word):
                 hint = did_you_mean(word, self._bits) or f"there are: {', '.join(self._bits)}"
                 raise UserError(
                     f"{where}: its specialty {label!r} is no pool's name or label; {hint} "

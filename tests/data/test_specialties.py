@@ -24,6 +24,21 @@ def test_a_rule_holds_if_all_that_it_gives_holds(modality: str, body_part: str, 
     assert KNOWN.of_series(SeriesInfo(modality=modality, body_part=body_part)) == called
 
 
+def test_keywords_are_terms_or_what_stands_for_them() -> None:
+    rules = (MatchRule(keywords=["Lungenembolie", "lung nodules"]), MatchRule(["MR"], keywords=["stroke"]))
+    known = Specialties([Specialty("lung", rules[:1]), Specialty("stroke", rules[1:])])
+    found = [
+        known.of_series(SeriesInfo(modality=modality, keywords=keywords))
+        for modality, keywords in (
+            ("CT", ("chest", "pulmonary embolism")), ("CT", ("lung nodule",)), ("CT", ("stroke",)), ("MR", ("stroke",)),
+            ("MR", ("lung nodule", "stroke")), ("MR", ()),
+        )
+    ]  # fmt: skip
+    assert found == [1, 1, 0, 2, 3, 0]
+    assert rules[0].unknown_keyword() is None
+    assert MatchRule(keywords=["stroke", "strok"]).unknown_keyword() == "strok"
+
+
 def test_labels_call_pools_by_name_or_label() -> None:
     assert KNOWN.of_labels(["THORAX", "breast", "general"], "") == 3
     assert Specialties().of_labels(["anything"], "") == 0, "a model without pools has nothing to call"

@@ -322,8 +322,8 @@ class _Ingest:
         """What the journal's lines depend on beside the files: the readers, their version, the key and dates."""
         digest = hashlib.sha256(repr((megamed.__version__, list(readers), self.pseudonyms.fingerprint())).encode())
         data = Path(__file__).resolve().parents[1]
-        for folder in ("readers", "reports", "privacy", "ingest"):
-            for path in sorted(data.glob(f"{folder}/**/*.py")):
+        for code in ("readers/**/*.py", "reports/**/*.py", "privacy/**/*.py", "ingest/**/*.py", "keywords.py"):
+            for path in sorted(data.glob(code)):
                 digest.update(path.read_bytes())
         return digest.hexdigest()[:16]
 

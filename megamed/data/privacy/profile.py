@@ -16,7 +16,7 @@ from typing import Literal
 
 from pydicom.datadict import tag_for_keyword
 
-Kept = Literal["pseudonym", "date", "number", "code", "flag", "order", "filter"]
+Kept = Literal["pseudonym", "date", "number", "code", "terms", "flag", "order", "filter"]
 
 # What becomes of a value, in words, for the documentation.
 MEANING: dict[Kept, str] = {
@@ -24,6 +24,7 @@ MEANING: dict[Kept, str] = {
     "date": "dropped, or shifted by one patient's own number of days",
     "number": "the number, or what is computed from it",
     "code": "a code string, where it is one of those that are known",
+    "terms": "which terms of a closed list it has",
     "flag": "only whether there is one",
     "order": "only differences between the files of a series",
     "filter": "decides whether and how a file is read; not kept",
@@ -77,6 +78,8 @@ TABLE: tuple[Rule, ...] = (
     *_rules("order", "ContentTime", "Z/D", _DATES),
     *_rules("order", "AcquisitionDateTime", "X/Z/D", _DATES),
     *_rules("order", "FrameAcquisitionDateTime FrameReferenceDateTime", "D", _DATES),
+    *_rules("terms", "StudyDescription SeriesDescription", "X", _DESCRIPTORS),
+    *_rules("terms", "ProtocolName", "X/D", _DESCRIPTORS),
     *_rules("flag", "ContrastBolusAgent", "Z/D", _DESCRIPTORS),
     *_rules("flag", "ContrastBolusAgentSequence"),
     *_rules("code", """Modality BodyPartExamined Laterality ImageLaterality FrameLaterality ViewPosition Units

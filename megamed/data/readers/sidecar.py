@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megamed.data.keywords import find_keywords
 from megamed.data.readers.dicom.codes import BODY_PARTS, MODALITIES, UNITS
 from megamed.data.readers.paths import without_suffix
 
@@ -99,6 +100,7 @@ def _of_json(values: Any) -> dict[str, Any]:
     found: dict[str, Any] = {
         "modality": _code(values, "Modality", MODALITIES),
         "body_part": _code(values, "BodyPartExamined", BODY_PARTS) or _code(values, "BodyPart", BODY_PARTS),
+        "keywords": find_keywords(str(values.get(name) or "") for name in ("SeriesDescription", "ProtocolName")),
         "laterality": _code(values, "Laterality", {"L", "R", "B"}),
         "units": _UNITS.get(str(values.get("Units")).lower()),
         "repetition_time_s": _number(values, "RepetitionTime"),

@@ -19,6 +19,7 @@ from pathlib import Path
 from megamed.data.samples.objects import fill
 from megamed.data.samples.parse import Problem, read
 from megamed.data.samples.schema import FrameChoice, Sample, StudyRef
+from megamed.data.specialties import Specialties
 from megamed.data.store import SeriesRecord, VolumeStore
 from megamed.utils import UserError
 
@@ -27,6 +28,7 @@ def validate(
     path: str | Path,
     store: VolumeStore | None = None,
     windows: frozenset[str] | None = None,
+    specialties: Specialties | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Problem]:
     """The faults of a file, in the order of its lines.
@@ -35,13 +37,14 @@ def validate(
         path: JSON Lines.
         store: where series are looked up; None leaves that out.
         windows: names of windows that are known; None leaves that out.
+        specialties: pools that samples may call; None leaves that out.
         progress: is told of each line how many bytes it has.
 
     Raises:
         UserError: the file cannot be read.
     """
     path = Path(path)
-    checks = _Checks(path.parent, store, windows)
+    checks = _Checks(path.parent, store, windows, specialties)
     num_samples = 0
     try:
         with open(path, "rb") as file:
@@ -60,8 +63,14 @@ def validate(
 class _Checks:
     """What is looked up for each line, and what has been seen of earlier ones."""
 
-    def __init__(self, folder: Path, store: VolumeStore | None, windows: frozenset[str] | None):
-        self._folder, self._store, self._windows = folder, store, windows
+    def __init__(
+        self,
+        folder: Path,
+        store: VolumeStore | None,
+        windows: frozenset[str] | None,
+        specialties: Specialties | None,
+    ):
+        self._folder, self._store, self._windows, self._specialties = folder, store, windows, specialties
         # 8 bytes of a hash a line: among ten million lines the chance that two others collide is 3 in a million.
         self._seen: dict[bytes, int] = {}
 
@@ -83,6 +92,9 @@ class _Checks:
             for fault in fill(sample, self._folder)[1]:
                 add(*fault)
         self._check_files(sample, add)
+        known = self._specialties
+        if known is not None and not all(map(known.knows, sample.specialties or ())):
+            add("specialties", "has a label that calls no pool", f"it may be {', '.join(known.labels)}, or general")
         for i, study in enumerate(sample.studies):
             self._check_study(f"studies[{i}]", study, add)
         return found

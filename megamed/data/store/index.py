@@ -30,7 +30,7 @@ INDEX = "index.parquet"
 SERIES = "series"
 
 # One more with every change of the columns: the index of another version is passed over, and written anew.
-_VERSION = {b"megamed-index": b"1"}
+_VERSION = {b"megamed-index": b"2"}
 _KEPT = ("series", "patient", "study", "accession", "study_date", "sha256", "info")
 _OF_INFO = ("modality", "kind", "plane", "body_part", "laterality", "view_position", "part", "units", "dtype")
 
@@ -43,6 +43,7 @@ def schema() -> pa.Schema:
     texts = ("series", "patient", "study", "accession", "study_date", *_OF_INFO)
     return pa.schema(
         [(name, pa.string()) for name in texts]
+        + [("keywords", pa.list_(pa.string()))]
         + [(name, pa.int32()) for name in ("num_volumes", "num_slices", "height", "width")]
         + [("colour", pa.bool_())]
         + [(f"spacing_{axis}_mm", pa.float64()) for axis in "whs"]
@@ -177,6 +178,7 @@ def _table(records: Iterable[SeriesRecord]) -> pa.Table:
         values = {
             **{name: getattr(record, name) for name in _KEPT if name != "info"},
             **{name: getattr(info, name) for name in _OF_INFO},
+            "keywords": list(info.keywords),
             "num_volumes": volumes, "num_slices": slices, "height": height, "width": width,
             "colour": len(info.shape) == 5,
             **{f"spacing_{axis}_mm": info.spacing_mm["whs".index(axis)] for axis in "whs"},

@@ -113,13 +113,13 @@ def _group_rows(store: VolumeStore) -> list[list[str]]:
 
 def _series_rows(store: VolumeStore) -> list[list[str]]:
     rows = [["series", "modality", "body part", "plane", "kind", "T x S x H x W", "mm (W x H x S)", "dtype", "units",
-             "GB"]]
+             "GB", "keywords"]]
     for record in store.records():
         info = record.info
         rows.append([
             record.series, info.modality, info.body_part or "-", info.plane, info.kind, _shape_text(info.shape),
             "-" if info.kind == "image" else _shape_text([f"{length:.3g}" for length in info.spacing_mm]),
-            info.dtype, info.units, _gigabytes(record.num_bytes),
+            info.dtype, info.units, _gigabytes(record.num_bytes), ", ".join(info.keywords) or "-",
         ])
     return rows
 

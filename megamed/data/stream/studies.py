@@ -95,12 +95,13 @@ def _split(store: VolumeStore | None, share: float) -> tuple[list[str], list[str
 
 def _say_who_calls(specialties: Specialties, store: VolumeStore, training: Sequence[str]) -> None:
     """Log how many series call each pool by their metadata, and warn of pools that none calls."""
-    names = ("series", "modality", "body_part")
+    names = ("series", "modality", "body_part", "keywords")
     rows = zip(*(store.index.table[name].to_pylist() for name in names), strict=True)
     wanted, counts = set(training), [0] * (len(specialties.known) + 1)
-    for series, modality, body_part in rows:
+    for series, modality, body_part, keywords in rows:
         if series in wanted:
-            called = specialties.of_series(SeriesInfo(modality=modality or "OT", body_part=body_part or ""))
+            info = SeriesInfo(modality=modality or "OT", body_part=body_part or "", keywords=tuple(keywords))
+            called = specialties.of_series(info)
             for i in range(len(specialties.known)):
                 counts[i] += called >> i & 1
             counts[-1] += not called

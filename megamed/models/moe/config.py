@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megamed.config.load import did_you_mean
+from megamed.data.keywords import terms
 from megamed.data.specialties import MOST_SPECIALTIES, MatchRule, Specialty
 from megamed.models.moe.pools import GENERAL, Pools
 from megamed.runtime import ParallelConfig, device_type, has_transformer_engine
@@ -191,6 +193,9 @@ class MoEConfig:
                     f"share of every pool; make it {-(-size // parallel.expert) * parallel.expert}, or lower "
                     "parallel.expert"
                 )
+            if unknown := next(filter(None, (rule.unknown_keyword() for rule in pool.match)), None):
+                hint = did_you_mean(unknown, terms()) or "python tools/ingest.py keywords lists them"
+                yield f"{key}.match", f"{unknown!r} is no keyword that ingest looks for; {hint}"
             if name == GENERAL and (pool.match or pool.labels):
                 yield key, "is called by every token, and takes neither match nor labels; give them to another pool"
             for word in (name, *pool.labels):

@@ -74,6 +74,7 @@ def write_ct(folder: Path, num_slices: int = 6) -> None:
     header.StudyInstanceUID, header.SeriesInstanceUID = f"{_ROOT}.1", f"{_ROOT}.2"
     header.SOPClassUID, header.Modality = pydicom.uid.CTImageStorage, "CT"
     header.ImageType, header.BodyPartExamined = ["ORIGINAL", "PRIMARY", "AXIAL"], "CHEST"
+    header.StudyDescription, header.ProtocolName = f"V.a. Lungenembolie {FAMILY}", f"LUNG_nodule^{NUMBER}"
     header.Rows = header.Columns = 16
     header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
     header.BitsAllocated = header.BitsStored = 16

@@ -69,6 +69,12 @@ def test_ingest_keeps_no_identity(sources, store):
 
 
 @needs(*REAL)
+def test_of_descriptions_only_listed_terms_are_kept(store):
+    found = {record.info.keywords for record in VolumeStore(store / "store").records() if record.info.modality == "CT"}
+    assert ("lung nodule", "pulmonary embolism") in found
+
+
+@needs(*REAL)
 def test_reports_keep_no_identity(sources, store):
     """Reports by accession number, by study and by the name of a picture find their series, and tell nobody's name."""
     pseudonyms = Pseudonyms(load_or_create_key(store / "store.private" / "project.key"))

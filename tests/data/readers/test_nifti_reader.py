@@ -268,6 +268,7 @@ def test_of_what_lies_beside_it_only_codes_and_numbers_are_kept(tmp_path):
     assert "MUELLER" not in json.dumps(info.to_json())
     assert (info.body_part, info.echo_time_ms, info.field_strength_t, info.contrast, info.laterality, info.units) == (
         "BRAIN", 88.6, 3.0, True, "", "a.u.")
+    assert info.keywords == ("diffusion",)
     assert info.b_values == (0.0, 1000.0, 1000.0) and info.repetition_time_s == 8.2 and info.notes == ()
     (folder / "sub-01_ses-2_dwi.bval").write_text("0 1000\n")
     (folder / "sub-01_ses-2_dwi.json").write_text("{")

@@ -122,3 +122,23 @@ def test_what_cannot_be_read_is_one_line(tmp_path, capsys):
     assert code == 1 and "there are no samples; write one JSON object a line" in output
     code, output = run(capsys, tmp_path / "empty.jsonl", "--store", tmp_path)
     assert code == 2 and "is not a volume store" in output
+
+
+POOLS = "pools:\n  general: {num_experts: 1}\n  chest: {num_experts: 1, labels: [Thorax]}\n"
+
+
+def test_labels_that_call_no_pool_are_named(tmp_path, capsys):
+    path, moe, config = (tmp_path / name for name in ("samples.jsonl", "moe.yaml", "config.yaml"))
+    labels = [["chest"], ["thorax", "general"], [], ["SECRET"], None]
+    lines = [talk(f"question {i}", **({} if x is None else {"specialties": x})) for i, x in enumerate(labels)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    moe.write_text(POOLS)
+    config.write_text("model:\n  language:\n    moe:\n" + "".join(f"      {line}\n" for line in POOLS.splitlines()))
+    for pools in (moe, config):
+        code, output = run(capsys, path, "--pools", pools)
+        assert code == 1 and "SECRET" not in output
+        assert f"{path}:4: specialties: has a label that calls no pool; it may be chest, thorax, or general" in output
+        assert output.count("calls no pool") == 1
+    moe.write_text("num_experts: 0\n")
+    code, output = run(capsys, path, "--pools", moe)
+    assert code == 2 and f"{moe}: names no pools of experts" in output

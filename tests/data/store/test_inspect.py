@@ -54,7 +54,7 @@ def test_the_table(tmp_path):
     rows = describe(store, series=True).splitlines()
     assert [row.split()[0] for row in rows[1:]] == sorted(name(number) for number in range(4))
     [run] = [row for row in rows if name(2) in row]
-    assert run.split()[1:] == "MR - coronal run 4 x 2 x 6 x 6 3 x 3 x 4 float32 a.u. 1.15e-06".split()
+    assert run.split()[1:] == "MR - coronal run 4 x 2 x 6 x 6 3 x 3 x 4 float32 a.u. 1.15e-06 -".split()
     assert len({len(row) for row in rows}) == 1
     everything = describe(store) + describe(store, series=True)
     assert "patient" not in everything and "study0" not in everything

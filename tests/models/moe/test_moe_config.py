@@ -18,6 +18,7 @@ def moe(sizes: dict[str, int], **values: Any) -> MoEConfig:
 
 LABELLED = MoEConfig(pools={"chest": PoolConfig(2, labels=["Lung"]), "lung": PoolConfig(2)})
 SHARED = MoEConfig(pools={"chest": PoolConfig(2, labels=["x-ray"]), "bone": PoolConfig(2, labels=["X-ray"])})
+MISSPELT = MoEConfig(pools={"neuro": PoolConfig(2, match=[MatchRule(keywords=["brain", "strok"])])})
 RULED = MoEConfig(pools={"general": PoolConfig(2, match=[MatchRule(modality=["CT"])]), "bone": PoolConfig(2)})
 
 
@@ -39,6 +40,7 @@ RULED = MoEConfig(pools={"general": PoolConfig(2, match=[MatchRule(modality=["CT
         (MoEConfig(num_experts=4), {"tensor": 2}, "need parallel.sequence=true"),
         (moe({"a": 4}, specialty_dropout=1.5), {}, "specialty_dropout: is 1.5"),
         (moe({f"p{i}": 1 for i in range(63)}), {}, "63 of them beside general; 62"),
+        (MISSPELT, {}, r"pools\.neuro\.match: 'strok' is no keyword that ingest looks for; did you mean stroke"),
         (moe({"a": 4}, dispatcher="flex"), {}, "dispatcher: is flex, which needs parallel.expert or parallel.tensor"),
     ],
 )

@@ -110,6 +110,7 @@ class Facts:
     windows: tuple[tuple[float, ...], ...] = ()
     units: str = "a.u."
     body_part: str = ""
+    keywords: tuple[str, ...] = ()
     laterality: str = ""
     view: str = ""
     contrast: bool | None = None

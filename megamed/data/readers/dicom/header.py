@@ -8,6 +8,7 @@ from pathlib import Path
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
 
+from megamed.data.keywords import find_keywords
 from megamed.data.privacy import Pseudonyms
 from megamed.data.readers.base import FileHeader, Identity, Refusal
 from megamed.data.readers.dicom import codecs, codes
@@ -28,6 +29,8 @@ _IMAGE = (
     "RecognizableVisualFeatures Units BodyPartExamined Laterality ImageLaterality ViewPosition ContrastBolusAgent "
     "ContrastBolusAgentSequence ImagerPixelSpacing NominalScannedPixelSpacing"
 )
+# Free text, of which only the words that a closed list has are kept.
+_DESCRIPTIONS = "StudyDescription SeriesDescription ProtocolName"
 _PLACE = "ImagePositionPatient ImageOrientationPatient PixelSpacing SliceThickness SpacingBetweenSlices"
 _ACQUISITION = (
     "EchoTime FlipAngle MagneticFieldStrength RepetitionTime MRAcquisitionType DiffusionBValue "
@@ -40,7 +43,7 @@ _MULTI_FRAME = (
 )
 _TAGS = [
     int(tag)
-    for name in " ".join((_IDENTITY, _IMAGE, _PLACE, _ACQUISITION, _MULTI_FRAME)).split()
+    for name in " ".join((_IDENTITY, _IMAGE, _DESCRIPTIONS, _PLACE, _ACQUISITION, _MULTI_FRAME)).split()
     if (tag := tag_for_keyword(name)) is not None
 ] + private_tags()
 
@@ -223,6 +226,7 @@ def _describe(facts: Facts, dataset: Dataset) -> None:
     """What is kept of the header for people and for text."""
     part = word(dataset, "BodyPartExamined").replace(" ", "").replace("_", "")
     facts.body_part = part if part in codes.BODY_PARTS else ""
+    facts.keywords = find_keywords(text(dataset, name) for name in _DESCRIPTIONS.split())
     facts.laterality = word(dataset, "ImageLaterality", "LRB") or word(dataset, "Laterality", "LRB")
     facts.view = word(dataset, "ViewPosition", codes.VIEWS)
     facts.units = codes.UNITS.get(word(dataset, "Units") or word(dataset, "RescaleType"), "a.u.")
