@@ -169,7 +169,7 @@ class Table:
     Attributes:
         lines: of the table.
         repeats: their names of tensors that a file may have and that repeat another of theirs (a tied output layer).
-        left_out: patterns of their names that are no weights: values that follow from the configuration.
+        left_out: what their names end with where they are no weights, but follow from the configuration.
     """
 
     lines: tuple[Line, ...]
@@ -193,7 +193,23 @@ class Table:
             for line in self.lines
         )
         repeats = {theirs + name: theirs + other for name, other in self.repeats.items()}
-        return Table(lines, repeats, tuple(re.escape(theirs) + pattern for pattern in self.left_out))
+        return Table(lines, repeats, self.left_out)
+
+    def renamed(self, beginnings: Mapping[str, str]) -> "Table":
+        """The same table of files that begin their names otherwise.
+
+        Args:
+            beginnings: of their names here, and what they are there; the first that fits counts.
+        """
+
+        def new(name: str) -> str:
+            for old, other in beginnings.items():
+                if name.startswith(old):
+                    return other + name.removeprefix(old)
+            return name
+
+        lines = tuple(replace(line, theirs=tuple(map(new, line.theirs))) for line in self.lines)
+        return replace(self, lines=lines, repeats={new(name): new(other) for name, other in self.repeats.items()})
 
     def of_ours(self, name: str) -> Found | None:
         """The line of one of our parameters."""
@@ -205,7 +221,7 @@ class Table:
 
     def is_left_out(self, name: str) -> bool:
         """Whether one of their tensors is none of ours, and none is missed."""
-        return any(re.fullmatch(pattern, name) for pattern in self.left_out)
+        return name.endswith(self.left_out)
 
     @cached_property
     def _ours(self) -> "_Index":

@@ -28,7 +28,7 @@ _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 _LAYER, _THEIRS = "decoder.layers.{i}", "model.layers.{i}"
 _EXPERT = f"{_LAYER}.mlp.experts.local_experts.{{e}}"
 # Old checkpoints carry these buffers; their values follow from `rotary`.
-_LEFT_OUT = (r"model\.(layers\.\d+\.)?(self_attn|attention)?\.?rotary_emb\.inv_freq",)
+_LEFT_OUT = ("rotary_emb.inv_freq",)
 
 # One name of ours and one of theirs each, `.weight` of a layer.
 _PLAIN = {
