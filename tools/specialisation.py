@@ -27,8 +27,8 @@ from megamed.utils.optional import require
 
 INK = "#808080"  # of a middle brightness: read on white and on black
 COLOURS = {
-    "dense": "#94a3b8", "dense-told": "#475569", "free": "#f59e0b", "free-told": "#b45309", "soft": "#10b981",
-    "hard": "#3b82f6",
+    "dense": "#94a3b8", "dense-told": "#475569", "plain": "#f472b6", "free": "#f59e0b", "free-told": "#b45309",
+    "soft": "#10b981", "hard": "#3b82f6",
 }  # fmt: skip
 WITH, WITHHELD = 1, 2  # columns of a curve: loss with metadata, and with metadata withheld
 _ticks: Any = None
@@ -236,7 +236,7 @@ def run(args: argparse.Namespace) -> None:
     print(table(results, names, args.loss))
     for folder in filter(None, (args.out, args.docs)):
         draw(results, names, args.loss, folder / "specialisation.png")
-        if mixtures := [arm for arm in args.arms if ARMS[arm].routing]:
+        if mixtures := [arm for arm in args.arms if ARMS[arm].routing and ARMS[arm].in_pools]:
             draw_routing(args.out, mixtures, args.seeds[0], names, folder / "specialisation_routing.png")
         rounded = {arm: [{k: r[k] for k in ("seed", "curve")} for r in of_arm] for arm, of_arm in results.items()}
         write_text(folder / "specialisation.json", json.dumps({"settings": wanted, "arms": rounded}) + "\n")

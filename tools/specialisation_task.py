@@ -64,16 +64,19 @@ class Arm:
         routing: of the mixture of experts; None for a dense model, as wide as the experts that one token uses.
         told_in_text: documents begin with a word that names the domain, or says that it is unknown where the metadata
             are withheld. What the metadata tell is then known to this model too, without pools.
+        in_pools: experts are in pools and balanced within them; else they are one pool.
     """
 
     name: str
     routing: str | None
     told_in_text: bool = False
+    in_pools: bool = True
 
 
 ARMS = {
     "dense": Arm("dense", None),
     "dense-told": Arm("dense, domain named in the text", None, told_in_text=True),
+    "plain": Arm("experts, one pool", "free", in_pools=False),
     "free": Arm("experts, free", "free"),
     "free-told": Arm("experts, free, domain named in the text", "free", told_in_text=True),
     "soft": Arm("specialists, soft", "soft"),
@@ -156,8 +159,9 @@ def job_config(arm: Arm, seed: int, steps: int) -> JobConfig:
     """
     moe = MoEConfig(specialty_dropout=WITHHELD)
     if arm.routing is not None:
+        sizes = POOLS if arm.in_pools else {GENERAL: sum(POOLS.values())}
         moe = MoEConfig(
-            pools={name: PoolConfig(size) for name, size in POOLS.items()}, routing=arm.routing,  # type: ignore[arg-type]
+            pools={name: PoolConfig(size) for name, size in sizes.items()}, routing=arm.routing,  # type: ignore[arg-type]
             top_k=TOP_K, intermediate_size=EXPERT_WIDTH, specialty_dropout=WITHHELD, log_every=LOG_EVERY,
         )  # fmt: skip
     config = JobConfig()
