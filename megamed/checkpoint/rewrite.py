@@ -8,8 +8,6 @@ import contextlib
 import io
 import json
 import math
-import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -22,6 +20,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter, SavePlan, WriteItem
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -31,19 +30,24 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
 from tqdm import tqdm
 
+from megamed.checkpoint.aside import written_aside
 from megamed.checkpoint.card import CARD, describe_model
 from megamed.checkpoint.state import weights_state
-from megamed.checkpoint.writer import reason_of, write_file
+from megamed.checkpoint.writer import write_file
 from megamed.models.language import AttentionConfig, build_language_chunks
 from megamed.models.vlm import FrameEncoder, VLMConfig
 from megamed.runtime import Mesh, ParallelConfig, build_mesh, destroy_mesh, meta_device, seed_everything, start, stop
 from megamed.utils import UserError
-from megamed.utils.files import sync
 
 # Beside its numbers, what a tensor takes in the file: torch's own header and alignment, and its entry in the index.
 _BYTES_PER_TENSOR = 4096
+
+# About as large is a file; a killed writing loses one of them at most.
+_FILE_BYTES = 2**30
+_JOURNAL = "written_"
 
 Make = Callable[[str, tuple[int, ...]], Tensor]
 """Makes a parameter: of its name, and its place in the stack of experts, where there is one."""
@@ -145,7 +149,13 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def write_weights(
-    target: Path, pieces: list[Piece | str], make: Make, card: dict[str, Any], beside: Mapping[str, str]
+    target: Path,
+    pieces: list[Piece | str],
+    make: Make,
+    card: dict[str, Any],
+    beside: Mapping[str, str],
+    identity: str | None = None,
+    prepare: Callable[[Path], Any] = lambda aside: None,
 ) -> int:
     """Write a checkpoint. Until it is complete it has another name; what was there under its own is replaced then.
 
@@ -157,75 +167,39 @@ def write_weights(
         make: makes the parameters, in the order of their names; called once for each.
         card: what it says of itself.
         beside: further text files, by name.
+        identity: what it is made of and how; a killed writing of the same identity is gone on with. None begins anew.
+        prepare: puts further files into the folder that it is given.
 
     Returns:
-        Bytes that were written.
+        Bytes of weights.
 
     Raises:
         UserError: the disk is full or not writable. What was written is removed.
     """
-    aside, discarded = (target.with_name(f"{target.name}.{word}") for word in ("unfinished", "discarded"))
     tensors = sorted((p for p in pieces if isinstance(p, Piece)), key=lambda p: (p.name, p.offsets))
-    total, maker = sum(piece.num_bytes for piece in tensors), _Maker(make)
+    objects = [key for key in pieces if isinstance(key, str)]
+    total = sum(piece.num_bytes for piece in tensors)
     try:
-        _clean(target, aside, discarded)
-        _need_space(target, total + _BYTES_PER_TENSOR * (len(pieces) + 256))
-        aside.mkdir(parents=True)
-        with tqdm(total=total, unit="B", unit_scale=True, desc="write", disable=not sys.stderr.isatty()) as bar:
-            maker.advance = bar.update
-            _write(aside, tensors, [key for key in pieces if isinstance(key, str)], maker)
-        torch.save({}, aside / "common.pt")
-        save_config(CheckpointingConfig("torch_dist", 1), str(aside))
-        for name, text in beside.items():
-            write_file(aside / name, text.encode())
-        write_file(aside / CARD, json.dumps(card, indent=1).encode())
-        sync(aside)
-        if target.exists():
-            os.rename(target, discarded)
-        os.rename(aside, target)
-        sync(target.parent)
-        shutil.rmtree(discarded, ignore_errors=True)
-    except (OSError, RuntimeError) as error:  # torch's writer turns the system's error into a RuntimeError
-        shutil.rmtree(aside, ignore_errors=True)
-        if maker.is_making:
-            raise
-        free_mib = shutil.disk_usage(_existing(target)).free >> 20  # torch does not always say that a disk is full
-        raise UserError(
-            f"--to {target}: cannot be written ({reason_of(error)}; {free_mib} MiB free there); free space, or name a "
-            "folder on another disk"
-        ) from error
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+        with written_aside(target, total + _BYTES_PER_TENSOR * (len(pieces) + 256), identity) as aside:
+            prepare(aside)
+            with tqdm(total=total, unit="B", unit_scale=True, desc="write", disable=not sys.stderr.isatty()) as bar:
+                _write(aside, tensors, objects, _Maker(make, bar.update))
+            torch.save({}, aside / "common.pt")
+            save_config(CheckpointingConfig("torch_dist", 1), str(aside))
+            for name, text in beside.items():
+                write_file(aside / name, text.encode())
+            write_file(aside / CARD, json.dumps(card, indent=1).encode())
+    except _MakingFailed as error:
+        assert error.__cause__ is not None
+        raise error.__cause__ from None
     return total
 
 
-def _clean(target: Path, aside: Path, discarded: Path) -> None:
-    """Remove what a killed run left; one that was killed between its renames had moved the target away."""
-    if discarded.exists() and not target.exists():
-        os.rename(discarded, target)
-    for leftover in (aside, discarded):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-
-
-def _existing(path: Path) -> Path:
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-
-
-def _need_space(target: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(_existing(target.parent)).free
-    if free < num_bytes:
-        raise UserError(
-            f"--to {target}: takes {num_bytes / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free there; free "
-            "space, or name a folder on another disk"
-        )
-
-
 def _write(aside: Path, tensors: list[Piece], objects: list[str], maker: "_Maker") -> None:
-    """Write the pieces to one file, with their index."""
+    """Write the pieces, some to each file, with their index; files that a killed writing finished are kept."""
     index: dict[str, Any] = {key: BytesStorageMetadata() for key in objects}
-    items = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in objects]
+    files: list[list[WriteItem]] = [[WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in objects]]
+    sizes = [0]
     for piece in tensors:
         properties, whole = TensorProperties(dtype=piece.dtype), torch.Size(piece.whole)
         chunk = ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes))
@@ -233,12 +207,44 @@ def _write(aside: Path, tensors: list[Piece], objects: list[str], maker: "_Maker
         place = MetadataIndex(piece.name, piece.offsets, len(stored.chunks))
         stored.chunks.append(chunk)
         maker.pieces[place] = piece
-        items.append(WriteItem(place, WriteItemType.SHARD, tensor_data=TensorWriteData(chunk, properties, whole)))
+        if sizes[-1] and sizes[-1] + piece.num_bytes > _FILE_BYTES:
+            files.append([])
+            sizes.append(0)
+        sizes[-1] += piece.num_bytes
+        files[-1].append(WriteItem(place, WriteItemType.SHARD, tensor_data=TensorWriteData(chunk, properties, whole)))
     writer = _Writer(aside, per_thread_copy_ahead=0)
     writer.set_up_storage_writer(is_coordinator=True)
-    (plan,) = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan(items))])
-    results = writer.write_data(plan, maker).wait()  # type: ignore[arg-type]
-    writer.finish(Metadata(index), [results])
+    # As if each file were another rank's.
+    plans = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan(items)) for items in files])
+    results = []
+    for number, (plan, size) in enumerate(zip(plans, sizes, strict=True)):
+        journal = aside / f"{_JOURNAL}{number}.json"
+        if journal.is_file():
+            results.append(_results(journal))
+            maker.advance(size)
+            continue
+        results.append(writer.write_data(plan, maker).wait())  # type: ignore[arg-type]
+        write_file(journal, json.dumps([_plain(result) for result in results[-1]]).encode())
+    writer.finish(Metadata(index), results)
+    for journal in aside.glob(f"{_JOURNAL}*.json"):
+        journal.unlink()
+
+
+def _plain(result: WriteResult) -> list[Any]:
+    """Where torch's writer put an item, as JSON has it."""
+    place, stored = result.index, result.storage_data
+    offsets = None if place.offset is None else list(place.offset)
+    file = (stored.relative_path, stored.offset, stored.length)
+    return [place.fqn, offsets, place.index, result.size_in_bytes, *file]
+
+
+def _results(journal: Path) -> list[WriteResult]:
+    """The inverse of `_plain`, of a whole file."""
+    found = []
+    for name, offsets, number, size, path, offset, length in json.loads(journal.read_text()):
+        place = MetadataIndex(name, None if offsets is None else torch.Size(offsets), number)
+        found.append(WriteResult(place, size, _StorageInfo(path, offset, length)))
+    return found
 
 
 class _Writer(FileSystemWriter):
@@ -248,12 +254,15 @@ class _Writer(FileSystemWriter):
         return None
 
 
+class _MakingFailed(Exception):
+    """A parameter could not be made; its cause says why. The target has nothing to do with it."""
+
+
 class _Maker:
     """What torch's writer asks for the data of an item, just before it writes it."""
 
-    def __init__(self, make: Make):
-        self.make, self.is_making = make, False
-        self.advance: Callable[[int], Any] = lambda num_bytes: None
+    def __init__(self, make: Make, advance: Callable[[int], Any]):
+        self.make, self.advance = make, advance
         self.pieces: dict[MetadataIndex, Piece] = {}
         self._last: tuple[tuple[str, tuple[int, ...]], Tensor] | None = None
 
@@ -266,9 +275,9 @@ class _Maker:
         key = (piece.name, piece.stack)
         if self._last is None or self._last[0] != key:
             self._last = None  # its memory, before the next takes some
-            self.is_making = True
-            self._last = (key, self.make(*key))
-            self.is_making = False
+            try:
+                self._last = (key, self.make(*key))
+            except Exception as error:
+                raise _MakingFailed from error
         self.advance(piece.num_bytes)
         return piece.of(self._last[1])
-

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megamed.checkpoint import read_card, rewrite
+from megamed.checkpoint import aside, read_card, rewrite
 from megamed.checkpoint.rewrite import Piece, write_weights
 from megamed.checkpoint.weights import Weights
 from megamed.models.vlm import VLMConfig
@@ -89,6 +89,39 @@ def test_a_kill_leaves_nothing_under_the_name_or_what_was_there(there_before: bo
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
+def write_in_files(target: str, identity: str, dies_at: int | None) -> list[str]:
+    """Two parameters to a file; the names of those that were made."""
+    rewrite._FILE_BYTES = 2 * 2**20
+    names = []
+
+    def make(name: str, stack: tuple[int, ...]) -> Tensor:
+        if NAMES.index(name) == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        names.append(name)
+        return made(name)
+
+    write_weights(Path(target), pieces(), make, CARD, {"moe.yaml": "top_k: 2\n"}, identity)
+    return names
+
+
+def test_after_a_kill_the_same_writing_goes_on(ranks: Any, tmp_path: Path) -> None:
+    target = tmp_path / "new"
+    with pytest.raises(AssertionError, match="the process died"):
+        ranks.run(write_in_files, 1, str(target), "a", 5)
+    assert not target.exists()
+    assert ranks.run(write_in_files, 1, str(target), "a", None)[0] == NAMES[4:], "two files were finished"
+    check(target)
+    assert not [path.name for path in target.iterdir() if path.name.startswith(("written", "identity"))]
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_after_a_kill_another_writing_begins_anew(ranks: Any, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="the process died"):
+        ranks.run(write_in_files, 1, str(tmp_path / "new"), "a", 5)
+    assert ranks.run(write_in_files, 1, str(tmp_path / "new"), "b", None)[0] == NAMES
+    check(tmp_path / "new")
+
+
 def test_a_kill_between_the_renames_is_mended(tmp_path: Path) -> None:
     target = tmp_path / "new"
     write(target)
@@ -110,7 +143,7 @@ def test_a_disk_that_fills_up_is_named_and_what_was_written_is_gone(
         disk = stack.enter_context(mounted(tmp_path / "disk", "4m"))
         with pytest.raises(UserError, match=r"takes 7 MiB, and 4 MiB are free there; free space"):
             write(disk / "new")
-        monkeypatch.setattr(rewrite, "_need_space", lambda target, num_bytes: None)  # something else fills it meanwhile
+        monkeypatch.setattr(aside, "_need_space", lambda target, num_bytes: None)  # something else fills it meanwhile
         with pytest.raises(UserError, match=r"new: cannot be written \(.* MiB free there\); free space, or"):
             write(disk / "new")
         assert not list(disk.iterdir())
