@@ -53,7 +53,7 @@ def test_help_is_there_at_once():
             "except SystemExit as end:\n    assert not end.code\n"
             f"print([name for name in {HEAVY!r} if name in sys.modules])")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.endswith("[]\n") and "130 after\nCtrl-C" in out and "--max-memory SIZE" in out
+    assert out.endswith("[]\n") and "130 after Ctrl-C" in out and "--max-memory SIZE" in out
     for words in ("", "--workers 0 --out y", "--max-memory a --out y", "--dates keep --out y"):
         done = ingest("x", *words.split())
         assert done.returncode == 2 and "error:" in done.stderr and "Traceback" not in done.stderr
