@@ -36,6 +36,7 @@ def main(args: argparse.Namespace) -> None:
 
     log.setup(runtime.global_rank())
     config = load(train.JobConfig, compose(CONF, "pretrain", args.overrides))
+    run.adopt_hf(config)
     if args.cfg:
         print(to_yaml(config), end="")
         return
@@ -57,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
     facts = run.describe(config, mesh)
     saved = (config.checkpoint, job.model, job.optimizer, job.scheduler)
     manager = checkpoint.CheckpointManager(folder / "checkpoints", *saved, mesh, facts)
-    card = manager.load(resume_from) if resume_from else manager.start_from(config.init.checkpoint)
+    card = manager.load(resume_from) if resume_from else manager.start_from(config.init.checkpoint, config.init.hf)
     source.restore(card["position"], card.get("data", {}))
     start_step = card["step"]
     ask = partial(
@@ -68,9 +69,8 @@ def main(args: argparse.Namespace) -> None:
     if start_step < config.train.steps:
         run.write_settings(config, tokenizer, folder, start_step)
         measure = partial(train.measurements, config=config, peak_flops=train.matmul_peak(job.dtype))
-        progress = train.Progress(config.train.steps)
         callbacks: list[train.Callback] = [
-            progress,
+            progress := train.Progress(config.train.steps),
             train.Metrics(folder / "metrics.jsonl", measure),
             train.RoutingLog(folder / "routing.jsonl", config),
             train.Wandb(config.wandb, folder, config.run.name, facts, measure),

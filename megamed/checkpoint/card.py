@@ -21,9 +21,9 @@ _NAME = re.compile(r"step_(\d{8})")
 _MOE, _POOL = "language.moe.", re.compile(r"language\.moe\.pools\.(\w+)\.num_experts")
 
 # Settings of training or of the machine, which the same weights may have with any value.
-_NOT_OF_THE_WEIGHTS = (
-    "recompute", "frames_per_pass", "frames_in_flight", "dispatcher", "aux_loss_coeff", "z_loss_coeff", "name",
-    "routing", "specialty_dropout", "prior_init", "balance", "bias_update_rate", "match", "labels", "log_every",
+NOT_OF_THE_WEIGHTS = (
+    "recompute", "frames_per_pass", "frames_in_flight", "dispatcher", "grouped_gemm", "aux_loss_coeff", "z_loss_coeff",
+    "name", "routing", "specialty_dropout", "prior_init", "balance", "bias_update_rate", "match", "labels", "log_every",
 )  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
-        elif key not in _NOT_OF_THE_WEIGHTS:
+        elif key not in NOT_OF_THE_WEIGHTS:
             yield f"{prefix}{key}", value
 
 

@@ -13,3 +13,7 @@ class CheckpointConfig:
     """Complete checkpoints to keep; 0 keeps all."""
     asynchronous: bool = True
     """Write in a thread beside the training; the next save waits for it."""
+    export_hf: bool = False
+    """After the last step, make a Hugging Face folder of the last checkpoint: `hf_export/step_NNNNNNNN` of the run."""
+    export_hf_each: bool = False
+    """The same of each checkpoint, as soon as it is complete; training waits for it."""

@@ -34,6 +34,9 @@ from megamed.checkpoint.card import (
     read_card,
 )
 from megamed.checkpoint.config import CheckpointConfig
+from megamed.checkpoint.hf.convert import export_folder, find_sidecar
+from megamed.checkpoint.hf.sidecar import SIDECAR
+from megamed.checkpoint.hf.start import fill_from_folder
 from megamed.checkpoint.state import load_optimizer, model_state, optimizer_state, random_state
 from megamed.checkpoint.weights import Weights, fill_state
 from megamed.checkpoint.writer import BackgroundWriter, reason_of, write_file
@@ -44,6 +47,7 @@ from megamed.utils.files import sync
 log = logging.getLogger(__name__)
 
 _UNFINISHED, _DISCARDED = ".unfinished", ".discarded"
+EXPORTS = "hf_export"
 
 # megatron-core 0.19 wants to know whose machinery writes, and takes an optional package's unless told otherwise.
 _ASYNC_OPTION: dict[str, Any] = (
@@ -149,6 +153,20 @@ class CheckpointManager:
         """Wait for the save that is being written. Collective."""
         self._finish_writing(wait=True)
 
+    def export(self) -> None:
+        """Make a Hugging Face folder of the last checkpoint, if `export_hf` says so and there is none yet. Collective.
+
+        Raises:
+            UserError: the disk is full or not writable.
+        """
+        self.wait()
+        kept = list_checkpoints(self.folder)
+        if self.config.export_hf and kept and not self._export_of(kept[-1]).exists():
+            self._on_first_rank(lambda: _export(kept[-1], self._export_of(kept[-1])), kept[-1])
+
+    def _export_of(self, checkpoint: Path) -> Path:
+        return self.folder.parent / EXPORTS / checkpoint.name
+
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Load a checkpoint in place: weights, optimizer, scheduler and, at the same layout, random states.
 
@@ -200,14 +218,15 @@ class CheckpointManager:
             set_rng_state(loaded["random"])
         return card
 
-    def start_from(self, path: str | None) -> dict[str, Any]:
-        """Start a new run: from the weights in a checkpoint of any layout, or from the ones that the model has.
+    def start_from(self, path: str | None, hf: str | None = None) -> dict[str, Any]:
+        """Start a new run: from the weights in a checkpoint of any layout, of a Hugging Face folder, or as they are.
 
         Nothing else is taken from it: step, optimizer, schedule and data begin anew. A prior or a bias of routers
         that it lacks keeps its initial values; one that this model does not have is left behind.
 
         Args:
             path: the checkpoint, or a run whose newest one is meant; the same on every rank. Collective with one.
+            hf: the Hugging Face folder.
 
         Returns:
             In the place of a card, where the run begins.
@@ -215,7 +234,11 @@ class CheckpointManager:
         Raises:
             UserError: there is no checkpoint, it is of another model, or damaged.
         """
-        if path is not None:
+        sidecar = self.folder.parent / SIDECAR
+        if hf is not None:
+            fill_from_folder(Path(hf), model_state(self.model.language, self.model.vision, self.mesh), sidecar)
+            self.optimizer.reload_model_params()
+        elif path is not None:
             checkpoint = _found_by_first_rank(Path(path))
             card = read_card(checkpoint)
             self._check_model(checkpoint, card, "set the model to that one, or take another checkpoint")
@@ -225,6 +248,8 @@ class CheckpointManager:
             fill_state(weights, state, lambda tensor: tensor.key.rpartition(".")[2] not in lacking)
             self.optimizer.reload_model_params()  # of which the optimizer keeps copies
             if dist.get_rank() == 0:
+                if beside := find_sidecar(checkpoint):
+                    shutil.copytree(beside, sidecar, dirs_exist_ok=True)
                 log.info("starting from the weights of %s, of step %d", checkpoint, card["step"])
                 for name in lacking:
                     log.info("its routers have no %s: it begins at its initial values", name)
@@ -285,21 +310,27 @@ class CheckpointManager:
             _discard(target)
         os.rename(aside, target)
         sync(self.folder)
+        if self.config.export_hf_each:
+            export_folder(target, self._export_of(target))
         if self.config.keep_last:
             for old in list_checkpoints(self.folder)[: -self.config.keep_last]:
                 _discard(old)
 
     def _on_first_rank(self, action: Callable[[], None], target: Path) -> None:
         """Run on rank 0 and let every rank fail if it fails."""
-        reason: list[str | None] = [None]
+        failure: list[UserError | str | None] = [None]
         if dist.get_rank() == 0:
             try:
                 action()
             except OSError as error:
-                reason = [reason_of(error)]
-        dist.broadcast_object_list(reason)
-        if reason[0]:
-            raise self._failure(target, OSError(reason[0]))
+                failure = [reason_of(error)]
+            except UserError as error:
+                failure = [error]
+        dist.broadcast_object_list(failure)
+        if isinstance(failure[0], UserError):
+            raise failure[0]
+        if failure[0]:
+            raise self._failure(target, OSError(failure[0]))
 
     def _finish_writing(self, wait: bool) -> None:
         try:
@@ -354,6 +385,11 @@ def _found_by_first_rank(path: Path) -> Path:
 
 def _without_prefix(weights: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in weights.items()}
+
+
+def _export(checkpoint: Path, target: Path) -> None:
+    log.info("making a Hugging Face folder of %s", checkpoint.name)
+    export_folder(checkpoint, target)
 
 
 def _discard(checkpoint: Path) -> None:

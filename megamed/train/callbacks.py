@@ -182,4 +182,4 @@ class Checkpoints:
             self.manager.save(event.step, event.position, self.source.state(event.position))
 
     def end(self) -> None:
-        self.manager.wait()
+        self.manager.export()

@@ -44,6 +44,9 @@ class InitConfig:
     checkpoint: str | None = None
     """A checkpoint of any layout, or the folder of a run, whose newest is taken. The weights alone are: step,
     optimizer and data begin anew. None draws weights by `train.seed`."""
+    hf: str | None = None
+    """The folder of a Hugging Face model, whose weights are read as they are. Sizes of the model are those of its
+    config.json, whatever `model` says, and the tokenizer is its own unless `data.tokenizer` names one."""
 
 
 @dataclass

@@ -15,8 +15,9 @@ import torch.distributed as dist
 
 from megamed import __version__
 from megamed.checkpoint import describe_model, list_checkpoints, read_card
+from megamed.checkpoint.hf.start import model_of_folder
 from megamed.config import to_yaml
-from megamed.data import TextTokenizer
+from megamed.data import DataConfig, TextTokenizer
 from megamed.runtime import Mesh
 from megamed.train.config import DTYPES, JobConfig, RunConfig
 from megamed.utils import UserError
@@ -72,6 +73,22 @@ def check_values(config: JobConfig) -> None:
     for key, value, holds, wanted in rules:
         if not holds:
             raise UserError(f"{key}={value!r} has to be {wanted}", everywhere=True)
+
+
+def adopt_hf(config: JobConfig) -> None:
+    """Take sizes and tokenizer of `init.hf`, in place.
+
+    Raises:
+        UserError: the folder is damaged or not understood, or another beginning is asked for, too.
+    """
+    if config.init.hf is None:
+        return
+    if config.init.checkpoint is not None:
+        raise UserError("init.hf and init.checkpoint are both set; leave one of them out", everywhere=True)
+    folder = Path(config.init.hf)
+    config.model = model_of_folder(folder, config.model)
+    if config.data.tokenizer == DataConfig.tokenizer and (folder / "tokenizer.json").is_file():
+        config.data.tokenizer = str(folder)
 
 
 def check_vocabulary(config: JobConfig, tokenizer: TextTokenizer) -> None:

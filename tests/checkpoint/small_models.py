@@ -71,8 +71,9 @@ def logits(config: VLMConfig, checkpoint: str, called: tuple[int, ...], layout: 
     return logits_of(job, called)
 
 
-def logits_of(job: Job, called: tuple[int, ...]) -> np.ndarray:
-    source = SyntheticSource(SEQ_LENGTH, specialties=(called,))
+def logits_of(job: Job, called: tuple[int, ...], source: SyntheticSource | None = None) -> np.ndarray:
+    """The same of a model that is there; of another source's microbatches, if one is given."""
+    source = source or SyntheticSource(SEQ_LENGTH, specialties=(called,))
     microbatches = [source.microbatch(i) for i in range(2)]
     for part in job.model.parts:
         part.eval()

@@ -1,6 +1,5 @@
 """Folders of every family become checkpoints and come back: every file byte by byte, at any layout in between."""
 
-import json
 from pathlib import Path
 from typing import Any
 
