@@ -18,6 +18,7 @@ from megamed.checkpoint.hf.source import INDEX, NAMES, Source
 from megamed.checkpoint.hf.target import Plan, plan_files, write_safetensors
 from megamed.checkpoint.rewrite import Piece, make_card, one_process, outline, write_weights
 from megamed.checkpoint.weights import Weights
+from megamed.config import to_yaml
 from megamed.models.families import INTERNVL, Family, family_of
 from megamed.models.families.internvl.config import write_config
 from megamed.models.language.hf import Family as Decoder
@@ -29,6 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # How config.json calls types, and the keys it has them under.
 _TYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _TYPE_KEYS = ("dtype", "torch_dtype")
+MODEL_FILE = "model.yaml"
 _IMAGE_TOKEN = "<IMG_CONTEXT>"
 
 
@@ -128,7 +130,7 @@ def import_folder(path: Path, target: Path, versions: dict[str, str]) -> tuple[V
             [*(replace(p, dtype=incoming.dtype(name_of(p.name, p.stack))) for p in pieces), *others],
             make,
             make_card(folder.model, versions),
-            {},
+            {MODEL_FILE: to_yaml(folder.model)},
             identity=folder.source.fingerprint,
             prepare=lambda aside: keep_sidecar(folder, aside / SIDECAR),
         )
