@@ -1,6 +1,7 @@
 """Whole models from Hugging Face folders to checkpoints, and back: in one process, without a GPU, in bounded memory."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -163,6 +164,7 @@ class Export:
         sidecar: where the other files are.
         files: that are written anew, by name.
         dropped: names of files of the sidecar that do not fit the model any more.
+        tokenizer: folder of one, for a model without a sidecar.
     """
 
     outgoing: Outgoing
@@ -172,6 +174,7 @@ class Export:
     sidecar: Path | None
     files: dict[str, str]
     dropped: tuple[str, ...] = ()
+    tokenizer: Path | None = None
 
     def make(self, name: str) -> Tensor:
         """A tensor of the files."""
@@ -181,6 +184,8 @@ class Export:
         """Write everything but the weights."""
         if self.sidecar is not None:
             restore_sidecar(self.sidecar, folder)
+        if self.tokenizer is not None:
+            shutil.copytree(self.tokenizer, folder, dirs_exist_ok=True)
         for name in self.dropped:
             (folder / name).unlink(missing_ok=True)
         for name, text in self.files.items():
@@ -258,10 +263,12 @@ def _as_transformers(
     of_type = DTYPES[dtype] if dtype else next(iter(shapes.values()))[1]
     planned = {name: (shape, of_type) for name, (shape, _) in shapes.items()}
     plan, index = plan_files(planned)
-    config = write_config(model, _image_token(sidecar, checkpoint), _TYPE_NAMES[of_type])
+    tokenizer, image_token = _image_token(sidecar, checkpoint)
+    config = write_config(model, image_token, _TYPE_NAMES[of_type])
     files = {"config.json": json.dumps(config, indent=2) + "\n", **({INDEX: index} if index else {})}
     code = () if sidecar is None else tuple(path.name for path in sidecar.glob("*.py"))
-    return Export(outgoing, plan, dict.fromkeys(planned, of_type), {}, sidecar, files, (INDEX, *code))
+    types = dict.fromkeys(planned, of_type)
+    return Export(outgoing, plan, types, {}, sidecar, files, (INDEX, *code), None if sidecar else tokenizer)
 
 
 def _table(model: VLMConfig) -> Table:
@@ -284,8 +291,8 @@ def _with_type(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return found
 
 
-def _image_token(sidecar: Path | None, checkpoint: Path) -> int:
-    """Number of the token that stands for a visual one, from the model's tokenizer.
+def _image_token(sidecar: Path | None, checkpoint: Path) -> tuple[Path, int]:
+    """Folder of the model's tokenizer, and in it the number of the token that stands for a visual one.
 
     Raises:
         UserError: no tokenizer is beside the model.
@@ -293,7 +300,7 @@ def _image_token(sidecar: Path | None, checkpoint: Path) -> int:
     for place in _tokenizers(sidecar, checkpoint):
         try:
             added = json.loads((place / "tokenizer.json").read_text())["added_tokens"]
-            return next(int(token["id"]) for token in added if token["content"] == _IMAGE_TOKEN)
+            return place, next(int(token["id"]) for token in added if token["content"] == _IMAGE_TOKEN)
         except (OSError, ValueError, LookupError, StopIteration):
             continue
     raise UserError(
