@@ -22,8 +22,9 @@ _CHAT = {
 def _internlm2(**sizes: Any) -> dict[str, Any]:
     return {
         "architectures": ["InternLM2ForCausalLM"], "bias": False, "hidden_act": "silu",
-        "max_position_embeddings": 32768, "model_type": "internlm2", "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1000000,
-        "rope_scaling": {"factor": 2.0, "type": "dynamic"}, "tie_word_embeddings": False, "vocab_size": 92553, **sizes,
+        "max_position_embeddings": 32768, "model_type": "internlm2", "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000, "rope_scaling": {"factor": 2.0, "type": "dynamic"}, "tie_word_embeddings": False,
+        "vocab_size": 92553, **sizes,
     }  # fmt: skip
 
 
