@@ -54,6 +54,7 @@ def with_hard_routing(config: "VLMConfig") -> "VLMConfig":
 def run(args: argparse.Namespace) -> None:
     """Make the checkpoint, and say how to train it."""
     from megamed.checkpoint import find_checkpoint, model_of, rewrite, specialist_settings, specialists
+    from megamed.checkpoint.hf.sidecar import carry_sidecar
     from megamed.checkpoint.weights import Weights
     from megamed.train.run import versions
     from megamed.utils import log
@@ -70,7 +71,8 @@ def run(args: argparse.Namespace) -> None:
     with rewrite.one_process() as mesh:
         pieces = rewrite.outline(config, mesh, weights.dtype("language.embedding.word_embeddings.weight"))
         beside = {specialist_settings.MOE_FILE: specialist_settings.moe_yaml(shown.language.moe)}
-        size = rewrite.write_weights(args.to, pieces, make, rewrite.make_card(config, versions()), beside)
+        card, carry = rewrite.make_card(config, versions()), partial(carry_sidecar, checkpoint)
+        size = rewrite.write_weights(args.to, pieces, make, card, beside, prepare=carry)
     print(
         f"{args.to}: {size / 2**20:,.1f} MiB, {moe.total_experts} of {whole.language.moe.total_experts} experts a "
         f"layer ({moe.resolved})"

@@ -135,6 +135,7 @@ def check_alike(checkpoints: dict[str, Path]) -> None:
 def run(args: argparse.Namespace) -> None:
     """Make the checkpoint, and say how to train it."""
     from megamed.checkpoint import model_of, rewrite, specialist_settings, specialists
+    from megamed.checkpoint.hf.sidecar import carry_sidecar
     from megamed.checkpoint.weights import Weights
     from megamed.parallel.init import drawn
     from megamed.train.run import versions
@@ -166,7 +167,8 @@ def run(args: argparse.Namespace) -> None:
     with rewrite.one_process() as mesh:
         pieces = rewrite.outline(config, mesh, one.dtype("language.embedding.word_embeddings.weight"))
         beside = {specialist_settings.MOE_FILE: specialist_settings.moe_yaml(moe)}
-        size = rewrite.write_weights(args.to, pieces, make, rewrite.make_card(config, versions()), beside)
+        card, carry = rewrite.make_card(config, versions()), partial(carry_sidecar, first)
+        size = rewrite.write_weights(args.to, pieces, make, card, beside, prepare=carry)
     print(f"{args.to}: {size / 2**20:,.1f} MiB, {moe.total_experts} experts a layer ({moe.resolved})")
     if args.dense and (args.noise or args.reinit):
         print("Its experts were varied (--noise, --reinit): it no longer computes exactly what the dense model does.")

@@ -34,8 +34,8 @@ from megamed.checkpoint.card import (
     read_card,
 )
 from megamed.checkpoint.config import CheckpointConfig
-from megamed.checkpoint.hf.convert import export_folder, find_sidecar
-from megamed.checkpoint.hf.sidecar import SIDECAR
+from megamed.checkpoint.hf.convert import export_folder
+from megamed.checkpoint.hf.sidecar import SIDECAR, carry_sidecar
 from megamed.checkpoint.hf.start import fill_from_folder
 from megamed.checkpoint.state import load_optimizer, model_state, optimizer_state, random_state
 from megamed.checkpoint.weights import Weights, fill_state
@@ -248,8 +248,7 @@ class CheckpointManager:
             fill_state(weights, state, lambda tensor: tensor.key.rpartition(".")[2] not in lacking)
             self.optimizer.reload_model_params()  # of which the optimizer keeps copies
             if dist.get_rank() == 0:
-                if beside := find_sidecar(checkpoint):
-                    shutil.copytree(beside, sidecar, dirs_exist_ok=True)
+                carry_sidecar(checkpoint, sidecar.parent)
                 log.info("starting from the weights of %s, of step %d", checkpoint, card["step"])
                 for name in lacking:
                     log.info("its routers have no %s: it begins at its initial values", name)

@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -156,19 +157,21 @@ def write_weights(
     beside: Mapping[str, str],
     identity: str | None = None,
     prepare: Callable[[Path], Any] = lambda aside: None,
+    num_threads: int = 1,
 ) -> int:
     """Write a checkpoint. Until it is complete it has another name; what was there under its own is replaced then.
 
-    It takes memory for the parameter that is being made and a copy of the piece that is being written.
+    Each thread takes memory for the parameter that is being made and a copy of the piece that is being written.
 
     Args:
         target: its folder.
         pieces: what it holds, from `outline`.
-        make: makes the parameters, in the order of their names; called once for each.
+        make: makes the parameters; by one thread in the order of their names, once for each.
         card: what it says of itself.
         beside: further text files, by name.
         identity: what it is made of and how; a killed writing of the same identity is gone on with. None begins anew.
         prepare: puts further files into the folder that it is given.
+        num_threads: files that are written at a time; `make` is then called from several threads.
 
     Returns:
         Bytes of weights.
@@ -183,7 +186,7 @@ def write_weights(
         with written_aside(target, total + _BYTES_PER_TENSOR * (len(pieces) + 256), identity) as aside:
             prepare(aside)
             with tqdm(total=total, unit="B", unit_scale=True, desc="write", disable=not sys.stderr.isatty()) as bar:
-                _write(aside, tensors, objects, _Maker(make, bar.update))
+                _write(aside, tensors, objects, make, bar.update, num_threads)
             torch.save({}, aside / "common.pt")
             save_config(CheckpointingConfig("torch_dist", 1), str(aside))
             for name, text in beside.items():
@@ -195,9 +198,17 @@ def write_weights(
     return total
 
 
-def _write(aside: Path, tensors: list[Piece], objects: list[str], maker: "_Maker") -> None:
+def _write(
+    aside: Path,
+    tensors: list[Piece],
+    objects: list[str],
+    make: Make,
+    advance: Callable[[int], Any],
+    num_threads: int,
+) -> None:
     """Write the pieces, some to each file, with their index; files that a killed writing finished are kept."""
     index: dict[str, Any] = {key: BytesStorageMetadata() for key in objects}
+    places: dict[MetadataIndex, Piece] = {}
     files: list[list[WriteItem]] = [[WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in objects]]
     sizes = [0]
     for piece in tensors:
@@ -206,7 +217,7 @@ def _write(aside: Path, tensors: list[Piece], objects: list[str], maker: "_Maker
         stored = index.setdefault(piece.name, TensorStorageMetadata(properties, whole, []))
         place = MetadataIndex(piece.name, piece.offsets, len(stored.chunks))
         stored.chunks.append(chunk)
-        maker.pieces[place] = piece
+        places[place] = piece
         if sizes[-1] and sizes[-1] + piece.num_bytes > _FILE_BYTES:
             files.append([])
             sizes.append(0)
@@ -216,15 +227,24 @@ def _write(aside: Path, tensors: list[Piece], objects: list[str], maker: "_Maker
     writer.set_up_storage_writer(is_coordinator=True)
     # As if each file were another rank's.
     plans = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan(items)) for items in files])
-    results = []
-    for number, (plan, size) in enumerate(zip(plans, sizes, strict=True)):
+
+    def write(number: int) -> list[WriteResult]:
         journal = aside / f"{_JOURNAL}{number}.json"
         if journal.is_file():
-            results.append(_results(journal))
-            maker.advance(size)
-            continue
-        results.append(writer.write_data(plan, maker).wait())  # type: ignore[arg-type]
-        write_file(journal, json.dumps([_plain(result) for result in results[-1]]).encode())
+            advance(sizes[number])
+            return _results(journal)
+        maker = _Maker(make, places, advance)
+        found = writer.write_data(plans[number], maker).wait()  # type: ignore[arg-type]
+        write_file(journal, json.dumps([_plain(result) for result in found]).encode())
+        return found
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        jobs = [pool.submit(write, number) for number in range(len(plans))]
+        try:
+            results = [job.result() for job in jobs]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     writer.finish(Metadata(index), results)
     for journal in aside.glob(f"{_JOURNAL}*.json"):
         journal.unlink()
@@ -261,9 +281,8 @@ class _MakingFailed(Exception):
 class _Maker:
     """What torch's writer asks for the data of an item, just before it writes it."""
 
-    def __init__(self, make: Make, advance: Callable[[int], Any]):
-        self.make, self.advance = make, advance
-        self.pieces: dict[MetadataIndex, Piece] = {}
+    def __init__(self, make: Make, pieces: Mapping[MetadataIndex, Piece], advance: Callable[[int], Any]):
+        self.make, self.pieces, self.advance = make, pieces, advance
         self._last: tuple[tuple[str, tuple[int, ...]], Tensor] | None = None
 
     def resolve_data(self, item: WriteItem) -> Tensor | io.BytesIO:

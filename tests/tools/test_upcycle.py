@@ -33,6 +33,10 @@ def runs(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for seed, name in enumerate(("base", "chest", "neuro")):
         ranks.run(save, 1, dense(), str(folder / name), seed)
+    # As if it had begun with a Hugging Face model.
+    (folder / "base" / "hf").mkdir()
+    for name in ("weights.json", "tokenizer.json"):
+        (folder / "base" / "hf" / name).write_text("{}")
     return folder
 
 
@@ -66,6 +70,7 @@ def test_the_mixture_computes_what_the_dense_model_does(
         got = ranks.run(logits, 1, config, str(tmp_path / "moe"), called, {})[0]
         np.testing.assert_allclose(got, want, rtol=TOLERANCE, atol=TOLERANCE)
     assert np.abs(want).max() > 0.1
+    assert (tmp_path / "moe" / "hf" / "tokenizer.json").is_file(), "what lies beside the weights goes with them"
 
 
 def test_routers_are_drawn_as_a_new_model_draws_them(runs: Path, ranks: Any, tmp_path: Path) -> None:

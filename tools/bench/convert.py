@@ -17,7 +17,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,15 +96,24 @@ def make(folder: Path, args: argparse.Namespace) -> tuple[int, int]:
     return sum(sizes), max(sizes)
 
 
+# Starts a command and says its peak memory. The system counts a program's memory before it starts another as the
+# other's, so what starts it has to be small itself.
+_WATCH = """
+import resource, subprocess, sys, time
+began = time.perf_counter()
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+sys.exit(code)
+"""
+
+
 def timed(command: list[str]) -> tuple[float, int]:
     """Seconds of a command, and its peak of resident memory in bytes."""
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"{' '.join(command)} failed with code {process.returncode}")
-    return time.perf_counter() - began, usage.ru_maxrss * 1024
+    done = subprocess.run([sys.executable, "-S", "-c", _WATCH, *command], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed with code {done.returncode}")
+    seconds, peak = done.stdout.split()
+    return float(seconds), int(peak)
 
 
 def copy(folder: Path, to: Path) -> float:

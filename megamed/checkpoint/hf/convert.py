@@ -13,7 +13,14 @@ from torch import Tensor
 from megamed.checkpoint.card import CARD, describe_model, differing_key, model_of
 from megamed.checkpoint.hf.bridge import Incoming, Outgoing
 from megamed.checkpoint.hf.names import name_of, stored
-from megamed.checkpoint.hf.sidecar import SIDECAR, copy_sidecar, kept_headers, kept_left_out, restore_sidecar
+from megamed.checkpoint.hf.sidecar import (
+    SIDECAR,
+    copy_sidecar,
+    find_sidecar,
+    kept_headers,
+    kept_left_out,
+    restore_sidecar,
+)
 from megamed.checkpoint.hf.source import DTYPES as STORED_TYPES
 from megamed.checkpoint.hf.source import INDEX, NAMES, Source
 from megamed.checkpoint.hf.target import Plan, plan_files, write_safetensors
@@ -134,6 +141,7 @@ def import_folder(path: Path, target: Path, versions: dict[str, str]) -> tuple[V
             {MODEL_FILE: to_yaml(folder.model)},
             identity=folder.source.fingerprint,
             prepare=lambda aside: keep_sidecar(folder, aside / SIDECAR),
+            num_threads=2,  # one reads while the other writes; two of the largest tensors are in memory at most
         )
     return folder.model, num_bytes
 
@@ -142,14 +150,6 @@ def keep_sidecar(folder: Folder, to: Path) -> None:
     """Copy what is not one of our parameters."""
     left_out = {name: folder.source.read(name) for name in folder.source.names if folder.table.is_left_out(name)}
     copy_sidecar(folder.source, to, left_out)
-
-
-def find_sidecar(checkpoint: Path) -> Path | None:
-    """What a model's Hugging Face folder had beside weights: in the checkpoint, or in the folder of its run."""
-    for place in (checkpoint / SIDECAR, checkpoint.parent.parent / SIDECAR):
-        if (place / "config.json").is_file():
-            return place
-    return None
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,21 @@ def kept_headers(sidecar: Path) -> dict[str, Header]:
     return {name: parse_header(text, str(path)) for name, text in json.loads(path.read_text()).items()}
 
 
+def find_sidecar(checkpoint: Path) -> Path | None:
+    """What a model's Hugging Face folder had beside weights: in the checkpoint, or in the folder of its run."""
+    for place in (checkpoint / SIDECAR, checkpoint.parent.parent / SIDECAR):
+        if (place / _HEADERS).is_file():  # or it is some other folder of that name
+            return place
+    return None
+
+
+def carry_sidecar(checkpoint: Path, to: Path) -> None:
+    """Copy it from a checkpoint, if it has one, into the folder of another that is made of it."""
+    sidecar = find_sidecar(checkpoint)
+    if sidecar is not None and sidecar.resolve() != (to / SIDECAR).resolve():
+        shutil.copytree(sidecar, to / SIDECAR, dirs_exist_ok=True)
+
+
 def kept_left_out(sidecar: Path) -> dict[str, Tensor]:
     """Tensors that are no weights."""
     path = sidecar / _LEFT_OUT
