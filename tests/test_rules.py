@@ -28,7 +28,7 @@ LEVELS = {
     "parallel": 3, "checkpoint": 3, "adapters": 3, "optim": 3,
     "generate": 4,
     "train": 5, "eval": 5, "export": 5,
-    "serve": 6, "dashboard": 6,
+    "preflight": 6, "serve": 6, "dashboard": 6,
 }
 # Imports within one level, and why.
 SAME_LEVEL = {("config", "utils"): "the loader raises UserError, which lives in utils"}

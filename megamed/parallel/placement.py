@@ -32,7 +32,7 @@ def place(
     attention: AttentionConfig,
     mesh: Mesh,
     dtype: torch.dtype,
-    seed: int,
+    seed: int | None,
     distributed_optimizer: bool,
 ) -> PlacedModel:
     """Build, initialise and wrap the parts of the model that this rank holds.
@@ -42,15 +42,17 @@ def place(
         attention: how its attention is computed.
         mesh: the layout.
         dtype: type of parameters and activations; gradients are kept and reduced in fp32.
-        seed: decides every initial weight, whatever the layout.
+        seed: decides every initial weight, whatever the layout; None leaves them without values.
         distributed_optimizer: reduce-scatter gradients, for the distributed optimizer.
     """
     chunks = build_language_chunks(config.language, attention, mesh, dtype)
-    init_language(chunks, seed, config.language.init_std, config.language.num_layers)
+    if seed is not None:
+        init_language(chunks, seed, config.language.init_std, config.language.num_layers)
     with torch.device("meta"):  # in the host's memory the largest tower would take 22 GB for each rank
         encoder = FrameEncoder(config.vision, config.projector).to(dtype)
     encoder.to_empty(device=current_device())
-    init_frame_encoder(encoder, seed)
+    if seed is not None:
+        init_frame_encoder(encoder, seed)
     language = [
         DistributedDataParallel(
             config=chunk.config,

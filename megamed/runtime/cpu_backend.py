@@ -71,6 +71,11 @@ def enable() -> None:
     _patch_megatron_random()
 
 
+def answer() -> torch.device:
+    """The device that things are made on here: the CPU, or the meta device inside `meta_device`."""
+    return _answer
+
+
 @contextlib.contextmanager
 def meta_device() -> Iterator[None]:
     """Inside it, modules are built on the meta device, Megatron's too: shapes and types, without memory.
@@ -121,7 +126,7 @@ def _patch_tensor_methods() -> None:
         if isinstance(result, str) and not args and not kwargs:
             caller = sys._getframe(1).f_globals.get("__name__", "")
             if caller.startswith("megatron."):  # its optimizer wants "torch.cuda.FloatTensor"
-                return result.replace("torch.", "torch.cuda.", 1)
+                return result.replace("torch.", "torch.cuda.", 1).replace("cuda.meta.", "cuda.")
         return result
 
     tensor, module = torch.Tensor, torch.nn.Module

@@ -43,9 +43,9 @@ def device_type() -> str:
 
 
 def current_device() -> torch.device:
-    """The device of this rank."""
+    """The device of this rank; the meta device inside `meta_device`."""
     if device_type() == "cpu":
-        return torch.device("cpu")
+        return cpu_backend.answer()
     return torch.device("cuda", torch.cuda.current_device())
 
 
