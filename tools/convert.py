@@ -15,8 +15,8 @@ Exit code: 0, 1 if verify finds a difference, 2 for what you can mend, 130 after
 
 import argparse
 import os
+import signal
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,6 +141,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 def main() -> int:
     args = parse()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: nothing here needs a GPU
     from megamed.utils import log
 
@@ -148,7 +149,7 @@ def main() -> int:
     commands = {"import": run_import, "export": run_export, "verify": run_verify}
     codes: list[int] = []
     code = exit_code(
-        partial(lambda: codes.append(commands[args.command](args) or 0)), "run the same command again to go on"
+        lambda: codes.append(commands[args.command](args) or 0), "run the same command again to go on"
     )
     return code or codes[0]
 

@@ -15,9 +15,9 @@ counted yet** are activations, frames and logits, which take what is left: docs/
 import argparse
 import json
 import os
+import signal
 import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,9 +123,10 @@ def run(args: argparse.Namespace) -> int:
 
 def main() -> int:
     args = parse()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: shapes are made where no GPU is
     codes: list[int] = []
-    code = exit_code(partial(lambda: codes.append(run(args))), "nothing was changed")
+    code = exit_code(lambda: codes.append(run(args)), "nothing was changed")
     return code or codes[0]
 
 
