@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from megamed.data.sentencepiece import read_sentencepiece
 from megamed.utils import UserError
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
@@ -92,29 +93,27 @@ class TextTokenizer:
 
 
 def load_tokenizer(name_or_dir: str) -> TextTokenizer:
-    """`bytes`, or the tokenizer of a folder with a Hugging Face `tokenizer.json`.
+    """`bytes`, or the tokenizer of a Hugging Face folder.
 
-    Special tokens that the folder's tokenizer lacks get the next free ids, so a model's embedding
-    has to have `vocab_size` rows.
+    That is its `tokenizer.json`; of releases that have none, `tokenizer.model` (SentencePiece: InternLM2), or
+    `vocab.json` with `merges.txt` (Qwen2), with the added tokens that lie beside them. Special tokens that it lacks get
+    the next free ids, so a model's embedding has to have `vocab_size` rows.
 
     Raises:
-        UserError: the folder has no `tokenizer.json`, or one that cannot be read.
+        UserError: the folder has no tokenizer, or one that cannot be read.
     """
     if name_or_dir == "bytes":
         return TextTokenizer(_bytes_tokenizer())
     folder = Path(name_or_dir).expanduser()
-    path = folder / "tokenizer.json"
-    if not path.is_file():
+    settings = _settings(folder / "tokenizer_config.json")
+    tokenizer = _open(folder, settings)
+    if tokenizer is None:
         raise UserError(
-            f"data.tokenizer={name_or_dir!r} has no tokenizer.json; give 'bytes' or the folder of a Hugging "
-            "Face fast tokenizer (transformers' save_pretrained writes one)",
+            f"data.tokenizer={name_or_dir!r} has no tokenizer.json (nor tokenizer.model, nor Qwen2's vocab.json and "
+            "merges.txt); give 'bytes' or the folder of a Hugging Face tokenizer (transformers' save_pretrained writes "
+            "one)",
             everywhere=True,
         )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise UserError(f"{path} cannot be read as a tokenizer ({error}); save it again") from error
-    settings = _settings(folder / "tokenizer_config.json")
     pad = settings.get("pad_token") or PAD
     pad_name = pad["content"] if isinstance(pad, dict) else str(pad)
     template = settings.get("chat_template")
@@ -122,6 +121,41 @@ def load_tokenizer(name_or_dir: str) -> TextTokenizer:
     if template is None and jinja.is_file():
         template = jinja.read_text(encoding="utf-8")
     return TextTokenizer(tokenizer, pad_name, template if isinstance(template, str) else None)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `load_tokenizer` finds one in a folder."""
+    pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    return pair or any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def _open(folder: Path, settings: dict[str, Any]) -> Tokenizer | None:
+    path = folder / "tokenizer.json"
+    try:
+        if path.is_file():
+            return Tokenizer.from_file(str(path))
+        path = folder / "tokenizer.model"
+        if path.is_file():
+            return read_sentencepiece(path, _added(folder, settings))
+        path = folder / "vocab.json"
+        if has_tokenizer(folder) and "Qwen2" in str(settings.get("tokenizer_class")):
+            from transformers import Qwen2Tokenizer
+
+            return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(f"{path} cannot be read as a tokenizer ({error}); save it again") from error
+    return None
+
+
+def _added(folder: Path, settings: dict[str, Any]) -> dict[int, str]:
+    """Added tokens by number, of the two files in which they may be."""
+    by_name = _settings(folder / "added_tokens.json")
+    by_number = settings.get("added_tokens_decoder") or {}
+    return {int(number): text for text, number in by_name.items()} | {
+        int(number): token["content"] for number, token in by_number.items()
+    }
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from megamed.checkpoint import describe_model, list_checkpoints, read_card
 from megamed.checkpoint.hf.start import model_of_folder
 from megamed.config import to_yaml
 from megamed.data import DataConfig, TextTokenizer
+from megamed.data.tokenizer import has_tokenizer
 from megamed.runtime import Mesh
 from megamed.train.config import DTYPES, JobConfig, RunConfig
 from megamed.utils import UserError
@@ -87,7 +88,7 @@ def adopt_hf(config: JobConfig) -> None:
         raise UserError("init.hf and init.checkpoint are both set; leave one of them out", everywhere=True)
     folder = Path(config.init.hf)
     config.model = model_of_folder(folder, config.model)
-    if config.data.tokenizer == DataConfig.tokenizer and (folder / "tokenizer.json").is_file():
+    if config.data.tokenizer == DataConfig.tokenizer and has_tokenizer(folder):
         config.data.tokenizer = str(folder)
 
 

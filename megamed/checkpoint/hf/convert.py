@@ -27,6 +27,8 @@ from megamed.checkpoint.hf.target import Plan, plan_files, write_safetensors
 from megamed.checkpoint.rewrite import Piece, make_card, one_process, outline, write_weights
 from megamed.checkpoint.weights import Weights
 from megamed.config import to_yaml
+from megamed.data import load_tokenizer
+from megamed.data.tokenizer import has_tokenizer
 from megamed.models.families import INTERNVL, Family, family_of
 from megamed.models.families.internvl.config import write_config
 from megamed.models.language.hf import Family as Decoder
@@ -298,13 +300,15 @@ def _image_token(sidecar: Path | None, checkpoint: Path) -> tuple[Path, int]:
         UserError: no tokenizer is beside the model.
     """
     for place in _tokenizers(sidecar, checkpoint):
+        if has_tokenizer(place) and not (place / "tokenizer.json").is_file():
+            return place, load_tokenizer(str(place)).img_context_id
         try:
             added = json.loads((place / "tokenizer.json").read_text())["added_tokens"]
             return place, next(int(token["id"]) for token in added if token["content"] == _IMAGE_TOKEN)
         except (OSError, ValueError, LookupError, StopIteration):
             continue
     raise UserError(
-        f"{checkpoint}: no tokenizer.json with {_IMAGE_TOKEN} is beside it (in hf/, or in tokenizer/ of its run); copy "
+        f"{checkpoint}: no tokenizer with {_IMAGE_TOKEN} is beside it (in hf/, or in tokenizer/ of its run); copy "
         "the model's tokenizer to one of them"
     )
 

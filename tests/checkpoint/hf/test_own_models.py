@@ -56,7 +56,7 @@ def test_transformers_loads_what_was_trained_here(name: str, tmp_path: Path, ran
     config = REPRESENTED[name]
     ranks.run(save, 1, config, str(tmp_path), 5)
     checkpoint = find_checkpoint(tmp_path, "")
-    with pytest.raises(UserError, match="no tokenizer.json with <IMG_CONTEXT> is beside it"):
+    with pytest.raises(UserError, match="no tokenizer with <IMG_CONTEXT> is beside it"):
         export_folder(checkpoint, tmp_path / "hf")
     (tmp_path / "tokenizer").mkdir()
     beside(tmp_path / "tokenizer")
