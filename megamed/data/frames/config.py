@@ -72,7 +72,9 @@ class FramesConfig:
         min_tiles, max_tiles: tiles that a picture is cut into.
         thumbnail: whether the whole picture follows its tiles.
         choice: which frames of a series or a film.
-        interpolation: `cubic`, which InternVL's image processor takes, or `linear`.
+        interpolation: `cubic`, which InternVL's image processor takes, or `linear`; or `pillow`, cubic with the
+            rounding of that processor's own library, so that pictures of 8 bits have its pixels to the last grey level
+            (whatever else there is, is resized as with `cubic`).
         augment: how training frames are varied.
     """
 
@@ -88,7 +90,7 @@ class FramesConfig:
     max_tiles: int = 12
     thumbnail: bool = True
     choice: ChoiceConfig = field(default_factory=ChoiceConfig)
-    interpolation: Literal["cubic", "linear"] = "cubic"
+    interpolation: Literal["cubic", "linear", "pillow"] = "cubic"
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 

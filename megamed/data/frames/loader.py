@@ -23,6 +23,7 @@ from megamed.data.frames.augment import Augmentation, draw
 from megamed.data.frames.config import AugmentConfig, FramesConfig, LoaderConfig, validate_frames, validate_loader
 from megamed.data.frames.raw import RawReader
 from megamed.data.frames.spec import FrameLoader, Seeds, StudyFrame
+from megamed.utils import UserError
 from megamed.utils.optional import optional_import, require
 
 logger = logging.getLogger("megamed.data")
@@ -56,6 +57,13 @@ def build_loader(
     if frames.augment.enabled and frames.augment.flip_lr:
         logger.warning("data.frames.augment.flip_lr mirrors left and right: what reports say of sides is wrong then")
     wanted = loader.backend
+    if frames.interpolation == "pillow":
+        if wanted == "dali" or loader.gds:
+            raise UserError(
+                "data.frames.interpolation=pillow is nothing that DALI does; set data.loader.backend=numpy, gds=false",
+                everywhere=True,
+            )
+        wanted = "numpy"
     if wanted == "auto" and not loader.gds:
         wanted = "numpy"
         if device.type == "cuda":

@@ -27,15 +27,16 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 
 from megamed.data.frames.augment import Augmentation
 from megamed.data.frames.raw import RawFrame
 from megamed.data.frames.spec import IMAGENET_MEAN, IMAGENET_STD, Window
 
-Interpolation = Literal["cubic", "linear"]
+Interpolation = Literal["cubic", "linear", "pillow"]
 
 # Half-width of each kernel, in output pixels.
-REACH = {"cubic": 2, "linear": 1}
+REACH = {"cubic": 2, "linear": 1, "pillow": 2}
 NORMAL_SCALE = tuple(1 / std for std in IMAGENET_STD)
 NORMAL_SHIFT = tuple(-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
 NORMAL_WHITE = tuple(scale + shift for scale, shift in zip(NORMAL_SCALE, NORMAL_SHIFT, strict=True))
@@ -49,7 +50,9 @@ _KEPT_PIXELS = 1 << 20
 
 
 def margin(length: float, size: int, interpolation: Interpolation) -> int:
-    """Pixels beyond a box of that length that its resizing to `size` takes in."""
+    """Pixels beyond a box of that length that its resizing to `size` takes in; with `pillow` all that there are."""
+    if interpolation == "pillow":
+        return 1 << 20
     return int(np.ceil(REACH[interpolation] * max(1.0, length / size))) + 1
 
 
@@ -152,15 +155,48 @@ def pixels(
         out_CHW: where it is written, float32 [3, size, size].
     """
     size, windows = out_CHW.shape[1], raw.windows
+    rounded_PHW = _by_pillow(raw, size) if interpolation == "pillow" else None
+    interpolation = "cubic" if interpolation == "pillow" else interpolation
     normal = [_Target(plane_HW, *ends) for plane_HW, *ends in zip(out_CHW, NORMAL_SHIFT, NORMAL_WHITE, strict=True)]
-    if augmentation is None:
+    if augmentation is None and rounded_PHW is None:
         _draw(raw, size, interpolation, [normal] if len(windows) == 1 else [[target] for target in normal])
         return
-    planes_PHW = np.empty((len(windows), size, size), np.float32)
-    _draw(raw, size, interpolation, [[_Target(plane_HW, 0.0, 1.0)] for plane_HW in planes_PHW])
-    changed_PHW = augmentation.apply(np.clip(planes_PHW, 0, 1, out=planes_PHW))
+    if rounded_PHW is not None:
+        planes_PHW = rounded_PHW
+    else:
+        planes_PHW = np.empty((len(windows), size, size), np.float32)
+        _draw(raw, size, interpolation, [[_Target(plane_HW, 0.0, 1.0)] for plane_HW in planes_PHW])
+        np.clip(planes_PHW, 0, 1, out=planes_PHW)
+    changed_PHW = planes_PHW if augmentation is None else augmentation.apply(planes_PHW)
     for channel, target in enumerate(normal):
         target.write(changed_PHW[min(channel, len(windows) - 1)], (0.0, 1.0), np.empty_like(planes_PHW[0]))
+
+
+def _by_pillow(raw: RawFrame, size: int) -> np.ndarray | None:
+    """Planes of a picture of 8 bits, resized by Pillow and rounded to grey levels as it does, from 0 to 1 [P, H, W].
+
+    As InternVL's processors do it, the whole picture is resized to all of its tiles and then cut: Pillow keeps a box in
+    single precision, which moves some pixels by a grey level. None for what cannot be had so: other types, windows that
+    change values, a frame that is no tile of its picture.
+    """
+    top, left, height, width = raw.box
+    voxels_CHW = np.asarray(raw.voxels_CHW)
+    num_rows, num_columns = voxels_CHW.shape[1:]
+    # Tiles in all, and which of them this is.
+    grid = (num_rows / height, num_columns / width, top / height, left / width)
+    rows, columns, row, column = (round(number) for number in grid)
+    is_tile = np.allclose(grid, (rows, columns, row, column), rtol=0, atol=1e-6) and row < rows and column < columns
+    if voxels_CHW.dtype != np.uint8 or not is_tile or any(tuple(window) != (0.0, 255.0) for window in raw.windows):
+        return None
+    key = (voxels_CHW.__array_interface__["data"], voxels_CHW.shape, rows, columns, size)
+    kept = getattr(_own, "picture", None)
+    if kept is None or kept[0] != key:
+        shape = (columns * size, rows * size)
+        planes = [Image.fromarray(plane).resize(shape, Image.Resampling.BICUBIC) for plane in voxels_CHW]
+        # With the voxels, so that no other picture gets their place in memory.
+        kept = _own.picture = (key, voxels_CHW, np.stack([np.asarray(plane) for plane in planes]))
+    tile_CHW = kept[2][: len(raw.windows), row * size : (row + 1) * size, column * size : (column + 1) * size]
+    return tile_CHW.astype(np.float32) / np.float32(255)
 
 
 @dataclass(frozen=True, eq=False)

@@ -168,6 +168,20 @@ def test_tiles_are_those_of_transformers(tmp_path, size):
     grey_levels = (shown(found) - shown(wanted)).abs() * 255
     # Pillow rounds to whole grey levels after each axis; at the picture's edges it leaves out what is beyond.
     assert grey_levels.median() < 0.4 and grey_levels[..., 8:-8, 8:-8].max() < 1.5 and grey_levels.max() < 5
+    # With Pillow's own rounding nothing is left but that of fp32 sums and products.
+    same = make(FramesConfig(interpolation="pillow"), size=448).load(planned.frames)
+    torch.testing.assert_close(same, wanted.to(same.dtype), atol=2e-6, rtol=0)
+
+
+def test_pillow_is_for_pictures_of_8_bits_alone(frames):
+    arrays = [frame for frame in frames if frame.path.endswith(".npy")]
+    others = [frame for frame in arrays if np.load(frame.path, mmap_mode="r").dtype != np.uint8]
+    assert len(others) > 10
+    found = [make(FramesConfig(interpolation=name)).load(others) for name in ("pillow", "cubic")]
+    # Of the whole slice instead of a part of it: sums of other blocks, in fp32.
+    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match="interpolation=pillow is nothing that DALI does; set data.loader"):
+        make(FramesConfig(interpolation="pillow"), backend="dali")
 
 
 def test_windows_come_before_resizing_and_padding_is_dark(tmp_path):
