@@ -25,6 +25,10 @@ T = TypeVar("T")
 # Open arrays and films, and decoded pictures, that are kept for the frames that follow.
 _OPEN_ARRAYS, _OPEN_FILMS, _PICTURES = 64, 4, 4
 
+# NumPy parses headers with `ast.literal_eval`, which CPython 3.11 does not allow two threads at a time: once in a great
+# while it raises SystemError (https://github.com/python/cpython/issues/106905).
+_parsing = threading.Lock()
+
 Box = tuple[float, float, float, float]
 
 
@@ -77,7 +81,8 @@ class ArrayFile:
             self._file = open(path, "rb")
             version = np.lib.format.read_magic(self._file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran_order, self.dtype = read(self._file)
+            with _parsing:
+                shape, fortran_order, self.dtype = read(self._file)
         except FileNotFoundError:
             raise UserError(f"{path}: there is no such file; ingest its series again") from None
         except (OSError, ValueError) as error:
