@@ -30,7 +30,9 @@ def read_pools(path: Path) -> Specialties:
     try:
         values = yaml.safe_load(path.read_text())
         moe = values["model"]["language"]["moe"] if "model" in values else values
-        pools = {name: tuple((pool or {}).get("labels") or ()) for name, pool in moe["pools"].items()}
+        pools = {name: tuple(map(str, (pool or {}).get("labels") or ())) for name, pool in moe["pools"].items()}
+        if not pools or any(isinstance((pool or {}).get("labels"), str) for pool in moe["pools"].values()):
+            raise TypeError
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); name a run's config.yaml") from error
     except (yaml.YAMLError, LookupError, TypeError, AttributeError) as error:

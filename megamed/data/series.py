@@ -52,7 +52,7 @@ class SeriesInfo:
         gantry_tilt_deg: angle between the stack's direction and the slices' normal, degrees.
         repetition_time_s: seconds from one volume of a run to the next.
         body_part: DICOM's code in capitals (CHEST, BRAIN), empty where it is not known.
-        keywords: medical terms of its descriptions, of those that `megamed.data.keywords` lists.
+        keywords: medical terms of its descriptions, sorted, of those that `megamed.data.keywords` lists.
         laterality: `L`, `R`, `B` or empty.
         view_position: of a projection (PA, AP, LL, MLO, ...) or empty.
         contrast: whether a contrast agent was given; None where the header does not say.

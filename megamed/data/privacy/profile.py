@@ -16,7 +16,7 @@ from typing import Literal
 
 from pydicom.datadict import tag_for_keyword
 
-Kept = Literal["pseudonym", "date", "number", "code", "terms", "flag", "order", "filter"]
+Kept = Literal["pseudonym", "date", "number", "code", "terms", "code and terms", "flag", "order", "filter"]
 
 # What becomes of a value, in words, for the documentation.
 MEANING: dict[Kept, str] = {
@@ -25,6 +25,7 @@ MEANING: dict[Kept, str] = {
     "number": "the number, or what is computed from it",
     "code": "a code string, where it is one of those that are known",
     "terms": "which terms of a closed list it has",
+    "code and terms": "a code string, where it is one of those that are known, and which terms of a closed list it has",
     "flag": "only whether there is one",
     "order": "only differences between the files of a series",
     "filter": "decides whether and how a file is read; not kept",
@@ -82,7 +83,8 @@ TABLE: tuple[Rule, ...] = (
     *_rules("terms", "ProtocolName", "X/D", _DESCRIPTORS),
     *_rules("flag", "ContrastBolusAgent", "Z/D", _DESCRIPTORS),
     *_rules("flag", "ContrastBolusAgentSequence"),
-    *_rules("code", """Modality BodyPartExamined Laterality ImageLaterality FrameLaterality ViewPosition Units
+    *_rules("code and terms", "BodyPartExamined"),
+    *_rules("code", """Modality Laterality ImageLaterality FrameLaterality ViewPosition Units
             RescaleType"""),
     *_rules("order", """SeriesNumber AcquisitionNumber FrameAcquisitionNumber InstanceNumber InConcatenationNumber
             InConcatenationTotalNumber TemporalPositionIdentifier TemporalPositionIndex TriggerTime

@@ -121,7 +121,7 @@ class NiftiReader:
         voxels_TSHW, affine, plane = canonical(voxels_TZYX.transpose(3, 2, 1, 0), affine, _slice_axis(file, affine))
         num_volumes = voxels_TSHW.shape[0]
         kind: Kind = "run" if num_volumes > 1 else "volume"
-        beside = look_beside(path, num_volumes)
+        beside = look_beside(path, num_volumes, file.header["descrip"].tobytes().decode("utf-8", "replace"))
         known = {"modality": "MR" if kind == "run" else "OT"} | beside.known
         known.setdefault("units", "HU" if known["modality"] == "CT" else "a.u.")
         repetition_time, time_notes = _repetition_time(file.header, known.pop("repetition_time_s", None))

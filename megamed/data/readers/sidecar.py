@@ -1,6 +1,8 @@
 """What lies beside a NIfTI file and what its name says: BIDS and dcm2niix (https://bids-specification.readthedocs.io).
 
-Of `NAME.json` the keys below count and nothing else; of words, only DICOM's codes. Of `NAME.bval`, the numbers.
+Of `NAME.json` the keys below count and nothing else; of words, only DICOM's codes and the terms of
+`megamed.data.keywords`. Of `NAME.bval`, the numbers. Of the name only its last word, where BIDS knows it: the others
+may be somebody's.
 """
 
 from __future__ import annotations
@@ -27,6 +29,13 @@ _MODALITY_OF_SUFFIX = {
     **dict.fromkeys(("ct", "CT"), "CT"),
     **dict.fromkeys(("pet", "PET"), "PT"),
 }
+# What the last word says of an image as a description would.
+_KEYWORD_OF_SUFFIX = {
+    "bold": "fmri", "dwi": "diffusion", "flair": "flair", "t1w": "t1", "t2w": "t2", "pdw": "proton density",
+    "angio": "angiography", "asl": "perfusion", "pet": "pet",
+}  # fmt: skip
+# Keys of free text.
+_DESCRIPTIONS = ("StudyDescription", "SeriesDescription", "ProtocolName", "BodyPartExamined", "BodyPart")
 _LABELS = {"dseg", "probseg", "mask", "defacemask", "seg", "label", "labels", "segmentation"}
 _UNITS = {unit.lower(): unit for unit in UNITS.values()}
 
@@ -49,12 +58,13 @@ def holds_labels(path: Path) -> bool:
     return _last_word(path) in _LABELS
 
 
-def look_beside(path: Path, num_volumes: int) -> Beside:
+def look_beside(path: Path, num_volumes: int, description: str = "") -> Beside:
     """What name, `.json` and `.bval` say of a NIfTI file.
 
     Args:
         path: of the image.
         num_volumes: of it; there have to be as many b-values.
+        description: that its header has, of which the keywords are taken.
     """
     known: dict[str, Any] = {}
     notes = []
@@ -66,6 +76,8 @@ def look_beside(path: Path, num_volumes: int) -> Beside:
             known |= _of_json(json.loads(_read(sidecar)))
         except (ValueError, RecursionError):
             notes.append("the JSON file beside it cannot be read")
+    of_name = _KEYWORD_OF_SUFFIX.get(_last_word(path).lower(), "")
+    known["keywords"] = tuple(sorted({*known.get("keywords", ()), *find_keywords([description, of_name])}))
     b_values = path.with_name(f"{without_suffix(path)}.bval")
     if b_values.is_file():
         try:
@@ -100,7 +112,7 @@ def _of_json(values: Any) -> dict[str, Any]:
     found: dict[str, Any] = {
         "modality": _code(values, "Modality", MODALITIES),
         "body_part": _code(values, "BodyPartExamined", BODY_PARTS) or _code(values, "BodyPart", BODY_PARTS),
-        "keywords": find_keywords(str(values.get(name) or "") for name in ("SeriesDescription", "ProtocolName")),
+        "keywords": find_keywords(str(values.get(name) or "") for name in _DESCRIPTIONS),
         "laterality": _code(values, "Laterality", {"L", "R", "B"}),
         "units": _UNITS.get(str(values.get("Units")).lower()),
         "repetition_time_s": _number(values, "RepetitionTime"),

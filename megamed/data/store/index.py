@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 INDEX = "index.parquet"
 SERIES = "series"
 
-# One more with every change of the columns: the index of another version is passed over, and written anew.
+# One more with every change of the columns: the index of another version is passed over, and written anew; the first,
+# which had no keywords, is read as of series without any.
 _VERSION = {b"megamed-index": b"2"}
 _KEPT = ("series", "patient", "study", "accession", "study_date", "sha256", "info")
 _OF_INFO = ("modality", "kind", "plane", "body_part", "laterality", "view_position", "part", "units", "dtype")
@@ -149,7 +150,7 @@ def _read(root: Path) -> pa.Table | None:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(root / INDEX)
+        table = _with_keywords(pq.read_table(root / INDEX))
         if table.schema.equals(schema()) and _VERSION.items() <= (table.schema.metadata or {}).items():
             return table
         logger.warning("%s/%s is of another version; the series are read from their folders", root, INDEX)
@@ -158,6 +159,18 @@ def _read(root: Path) -> pa.Table | None:
     except (OSError, pa.ArrowException) as error:
         logger.warning("%s/%s cannot be read (%s); the series are read from their folders", root, INDEX, error)
     return None
+
+
+def _with_keywords(table: pa.Table) -> pa.Table:
+    """A table of the first version as one of this; others as they are."""
+    import pyarrow as pa
+
+    place = schema().get_field_index("keywords")
+    first = {b"megamed-index": b"1"}.items() <= (table.schema.metadata or {}).items()
+    if not first or not table.schema.equals(schema().remove(place)):
+        return table
+    none = pa.array([[]] * len(table), schema().field(place).type)
+    return table.add_column(place, schema().field(place), none).replace_schema_metadata(_VERSION)
 
 
 def replace(aside: Path, path: Path) -> None:

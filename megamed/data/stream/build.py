@@ -36,5 +36,6 @@ def build_source(
 
         return build_studies(config, tokenizer, image_size, tokens_per_frame, document_multiple, specialties)
     run = read_run(config.path)
-    called = Specialties(specialties).of_series(SeriesInfo(modality="MR", kind="run", body_part="BRAIN"))
+    info = SeriesInfo(modality="MR", kind="run", body_part="BRAIN", keywords=("brain", "fmri"))
+    called = Specialties(specialties).of_series(info)
     return FmriSource(run, config, tokenizer, image_size, tokens_per_frame, document_multiple, called)

@@ -97,10 +97,11 @@ def _say_who_calls(specialties: Specialties, store: VolumeStore, training: Seque
     """Log how many series call each pool by their metadata, and warn of pools that none calls."""
     names = ("series", "modality", "body_part", "keywords")
     rows = zip(*(store.index.table[name].to_pylist() for name in names), strict=True)
-    wanted, counts = set(training), [0] * (len(specialties.known) + 1)
+    wanted, counts, has_keywords = set(training), [0] * (len(specialties.known) + 1), False
     for series, modality, body_part, keywords in rows:
         if series in wanted:
             info = SeriesInfo(modality=modality or "OT", body_part=body_part or "", keywords=tuple(keywords))
+            has_keywords |= bool(info.keywords)
             called = specialties.of_series(info)
             for i in range(len(specialties.known)):
                 counts[i] += called >> i & 1
@@ -111,6 +112,9 @@ def _say_who_calls(specialties: Specialties, store: VolumeStore, training: Seque
     if idle := [name for name, count in zip(pools, counts, strict=False) if not count]:
         log.warning("no series to train on calls %s by its metadata: see model.language.moe.pools.*.match",
                     " or ".join(idle))
+    if not has_keywords and any(rule.keywords for specialty in specialties.known for rule in specialty.rules):
+        log.warning("no series to train on has keywords, so rules with keywords hold for none; a store that was made "
+                    "before there were any has to be ingested again, into a new one")
 
 
 def _default(store: str) -> DatasetConfig:

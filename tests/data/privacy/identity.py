@@ -109,13 +109,13 @@ def write_others(folder: Path) -> None:
     """A NIfTI file with its sidecar, a picture, an archive, and reports, all of which speak of the person."""
     folder.mkdir(parents=True)
     image = nibabel.Nifti1Image(np.arange(8**3, dtype=np.int16).reshape(8, 8, 8), np.diag([2.0, 2.0, 2.0, 1.0]))
-    image.header["descrip"], image.header["aux_file"] = f"{FAMILY} {GIVEN}", NUMBER
+    image.header["descrip"], image.header["aux_file"] = f"{FAMILY} {GIVEN} apoplex", NUMBER
     image.header["intent_name"] = GIVEN
     image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", f"{FAMILY}, Quokkenbruck".encode()))
     nibabel.save(image, folder / f"sub-{FAMILY}_T1w.nii.gz")
     (folder / f"sub-{FAMILY}_T1w.json").write_text(json.dumps({
         "Modality": "MR", "PatientName": PERSON, "PatientID": NUMBER, "PatientBirthDate": BIRTH,
-        "InstitutionName": "Quokkenbruck", "SeriesDescription": FAMILY, "BodyPartExamined": GIVEN,
+        "InstitutionName": "Quokkenbruck", "SeriesDescription": FAMILY, "BodyPartExamined": f"{GIVEN} Sella",
     }))
     words = PngImagePlugin.PngInfo()
     words.add_text("Author", f"{GIVEN} {FAMILY}")

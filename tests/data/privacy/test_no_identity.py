@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megamed.data import reports
+from megamed.data.keywords import terms
 from megamed.data.privacy import Pseudonyms, load_or_create_key
 from megamed.data.privacy.audit import find_identity, identifying_values
 from megamed.data.samples import from_reports
@@ -70,8 +71,10 @@ def test_ingest_keeps_no_identity(sources, store):
 
 @needs(*REAL)
 def test_of_descriptions_only_listed_terms_are_kept(store):
-    found = {record.info.keywords for record in VolumeStore(store / "store").records() if record.info.modality == "CT"}
-    assert ("lung nodule", "pulmonary embolism") in found
+    found = {(record.info.modality, record.info.keywords) for record in VolumeStore(store / "store").records()}
+    assert ("CT", ("chest", "lung nodule", "pulmonary embolism")) in found
+    assert ("MR", ("pituitary", "stroke", "t1")) in found
+    assert {word for _, words in found for word in words} <= set(terms().values())
 
 
 @needs(*REAL)

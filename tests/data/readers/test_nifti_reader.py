@@ -268,7 +268,7 @@ def test_of_what_lies_beside_it_only_codes_and_numbers_are_kept(tmp_path):
     assert "MUELLER" not in json.dumps(info.to_json())
     assert (info.body_part, info.echo_time_ms, info.field_strength_t, info.contrast, info.laterality, info.units) == (
         "BRAIN", 88.6, 3.0, True, "", "a.u.")
-    assert info.keywords == ("diffusion",)
+    assert info.keywords == ("brain", "diffusion")
     assert info.b_values == (0.0, 1000.0, 1000.0) and info.repetition_time_s == 8.2 and info.notes == ()
     (folder / "sub-01_ses-2_dwi.bval").write_text("0 1000\n")
     (folder / "sub-01_ses-2_dwi.json").write_text("{")
@@ -281,6 +281,15 @@ def test_of_what_lies_beside_it_only_codes_and_numbers_are_kept(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({"Modality": "PT", "Units": "Bq/mL", "EchoTime": 1}))
     assert (read(pet).info.modality, read(pet).info.units, read(pet).info.echo_time_ms) == ("PT", "Bq/ml", None)
     assert refusal(write(tmp_path / "case7_seg.nii", voxels(4, 5, 6))).code == "not-an-image"
+
+
+def test_keywords_of_the_header_the_name_and_what_lies_beside_it(tmp_path):
+    path = write(tmp_path / "hand_FLAIR.nii", voxels(4, 5, 6), descrip=b"V.a. Schlaganfall Mueller")
+    assert read(path).info.keywords == ("flair", "stroke"), "of the name its last word: the others may be a person's"
+    (tmp_path / "hand_FLAIR.json").write_text(
+        '{"StudyDescription": "MRT Kopf Mueller", "ProtocolName": ["x", 1], "BodyPart": "Sella", "PatientName": "Knee"}')
+    assert read(path).info.keywords == ("flair", "head", "pituitary", "stroke")
+    assert read(write(tmp_path / "knee_hand.nii", voxels(4, 5, 6))).info.keywords == ()
 
 
 def test_whose_it_is(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -70,6 +71,29 @@ def test_one_index_for_one_content(tmp_path):
     scanned = VolumeStore(tmp_path / "b")
     assert [r.to_json() for r in scanned.records()] == [r.to_json() for r in store.records()]
     assert scanned.index.table.equals(store.index.table)
+
+
+def test_a_store_from_before_there_were_keywords(tmp_path, caplog):
+    ingest(tmp_path, {1: 2, 2: 2})
+    now = VolumeStore(tmp_path)
+    for record in now.records():
+        values = json.loads(record.to_json())
+        del values["info"]["keywords"]
+        (record.folder / "series.json").write_text(json.dumps(values))
+    columns = now.index.table.drop_columns("keywords").to_pydict()
+    columns["info"] = [json.dumps({k: v for k, v in json.loads(x).items() if k != "keywords"}) for x in columns["info"]]
+    first = now.index.table.schema.remove(now.index.table.schema.get_field_index("keywords"))
+    pq.write_table(pa.table(columns, first.with_metadata({b"megamed-index": b"1"})), tmp_path / "index.parquet")
+    old = VolumeStore(tmp_path)
+    # Made unreadable: the index alone is read, not the folders.
+    shelf = tmp_path / "series"
+    shelf.rename(tmp_path / "away")
+    assert [r.info for r in old.records()] == [r.info for r in now.records()]
+    assert VolumeStore(tmp_path).index.table["keywords"].to_pylist() == [[], []]
+    (tmp_path / "away").rename(shelf)
+    assert old.verify() == [] and not caplog.records
+    ingest(tmp_path, {3: 2})
+    assert pq.read_table(tmp_path / "index.parquet")["keywords"].to_pylist() == [[], [], []]
 
 
 def test_series_are_found_by_name_and_by_study(tmp_path):

@@ -57,6 +57,14 @@ def text(dataset: Dataset, name: str) -> str:
     return str(value).strip(" \0")
 
 
+def texts(dataset: Dataset, name: str) -> tuple[str, ...]:
+    """All values of an element as text, of which keywords are taken: a backslash in a description begins another."""
+    value = _value(dataset, name)
+    if value is None:
+        return ()
+    return tuple(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else (str(value),)
+
+
 def seconds(dataset: Dataset, name: str) -> float | None:
     """Seconds since midnight of a time (TM), or of the time of a date and time (DT)."""
     value = text(dataset, name).replace(":", "")

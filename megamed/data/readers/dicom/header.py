@@ -13,7 +13,7 @@ from megamed.data.privacy import Pseudonyms
 from megamed.data.readers.base import FileHeader, Identity, Refusal
 from megamed.data.readers.dicom import codecs, codes
 from megamed.data.readers.dicom.burned_in import check_pixels_name_nobody
-from megamed.data.readers.dicom.elements import number, numbers, private_tags, text, whole, word, words
+from megamed.data.readers.dicom.elements import number, numbers, private_tags, text, texts, whole, word, words
 from megamed.data.readers.dicom.facts import AGAIN, LOCALIZER, Facts, Frame
 from megamed.data.readers.dicom.frames import frames_of
 from megamed.data.readers.dicom.parse import UNDEFINED, Parsed, parse, quiet
@@ -226,7 +226,9 @@ def _describe(facts: Facts, dataset: Dataset) -> None:
     """What is kept of the header for people and for text."""
     part = word(dataset, "BodyPartExamined").replace(" ", "").replace("_", "")
     facts.body_part = part if part in codes.BODY_PARTS else ""
-    facts.keywords = find_keywords(text(dataset, name) for name in _DESCRIPTIONS.split())
+    # A body part that is no code ("Schädel") may yet name one.
+    described = (*_DESCRIPTIONS.split(), "BodyPartExamined")
+    facts.keywords = find_keywords(value for name in described for value in texts(dataset, name))
     facts.laterality = word(dataset, "ImageLaterality", "LRB") or word(dataset, "Laterality", "LRB")
     facts.view = word(dataset, "ViewPosition", codes.VIEWS)
     facts.units = codes.UNITS.get(word(dataset, "Units") or word(dataset, "RescaleType"), "a.u.")
