@@ -5,23 +5,23 @@ What is written is readable at any layout, as every checkpoint is.
 """
 
 import contextlib
-import io
 import json
 import math
+import os
+import pickle
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter, SavePlan, WriteItem
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -30,12 +30,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
 from tqdm import tqdm
 
 from megamed.checkpoint.aside import written_aside
 from megamed.checkpoint.card import CARD, describe_model
+from megamed.checkpoint.spans import Span, copy_spans, leave_room
 from megamed.checkpoint.state import weights_state
 from megamed.checkpoint.writer import write_file
 from megamed.models.language import AttentionConfig, build_language_chunks
@@ -52,6 +51,9 @@ _JOURNAL = "written_"
 
 Make = Callable[[str, tuple[int, ...]], Tensor]
 """Makes a parameter: of its name, and its place in the stack of experts, where there is one."""
+
+Find = Callable[["Piece"], Sequence[Span] | None]
+"""Where the bytes of a piece are, to be copied as they are; what none covers is zeros. None: it has to be made."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ def write_weights(
     identity: str | None = None,
     prepare: Callable[[Path], Any] = lambda aside: None,
     num_threads: int = 1,
+    find: Find = lambda piece: None,
 ) -> int:
     """Write a checkpoint. Until it is complete it has another name; what was there under its own is replaced then.
 
@@ -171,7 +174,8 @@ def write_weights(
         beside: further text files, by name.
         identity: what it is made of and how; a killed writing of the same identity is gone on with. None begins anew.
         prepare: puts further files into the folder that it is given.
-        num_threads: files that are written at a time; `make` is then called from several threads.
+        num_threads: files that are written at a time; `make` and `find` are then called from several threads.
+        find: says of a piece where its bytes are, and it is copied and not made.
 
     Returns:
         Bytes of weights.
@@ -186,7 +190,7 @@ def write_weights(
         with written_aside(target, total + _BYTES_PER_TENSOR * (len(pieces) + 256), identity) as aside:
             prepare(aside)
             with tqdm(total=total, unit="B", unit_scale=True, desc="write", disable=not sys.stderr.isatty()) as bar:
-                _write(aside, tensors, objects, make, bar.update, num_threads)
+                _write(aside, tensors, objects, make, find, bar.update, num_threads)
             torch.save({}, aside / "common.pt")
             save_config(CheckpointingConfig("torch_dist", 1), str(aside))
             for name, text in beside.items():
@@ -203,75 +207,89 @@ def _write(
     tensors: list[Piece],
     objects: list[str],
     make: Make,
+    find: Find,
     advance: Callable[[int], Any],
     num_threads: int,
 ) -> None:
     """Write the pieces, some to each file, with their index; files that a killed writing finished are kept."""
     index: dict[str, Any] = {key: BytesStorageMetadata() for key in objects}
-    places: dict[MetadataIndex, Piece] = {}
-    files: list[list[WriteItem]] = [[WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in objects]]
+    files: list[list[tuple[MetadataIndex, Piece | None]]] = [[(MetadataIndex(key), None) for key in objects]]
     sizes = [0]
     for piece in tensors:
-        properties, whole = TensorProperties(dtype=piece.dtype), torch.Size(piece.whole)
         chunk = ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes))
-        stored = index.setdefault(piece.name, TensorStorageMetadata(properties, whole, []))
+        new = TensorStorageMetadata(TensorProperties(dtype=piece.dtype), torch.Size(piece.whole), [])
+        stored = index.setdefault(piece.name, new)
         place = MetadataIndex(piece.name, piece.offsets, len(stored.chunks))
         stored.chunks.append(chunk)
-        places[place] = piece
         if sizes[-1] and sizes[-1] + piece.num_bytes > _FILE_BYTES:
             files.append([])
             sizes.append(0)
         sizes[-1] += piece.num_bytes
-        files[-1].append(WriteItem(place, WriteItemType.SHARD, tensor_data=TensorWriteData(chunk, properties, whole)))
-    writer = _Writer(aside, per_thread_copy_ahead=0)
-    writer.set_up_storage_writer(is_coordinator=True)
-    # As if each file were another rank's.
-    plans = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan(items)) for items in files])
+        files[-1].append((place, piece))
 
-    def write(number: int) -> list[WriteResult]:
+    def write(number: int) -> dict[MetadataIndex, _StorageInfo]:
         journal = aside / f"{_JOURNAL}{number}.json"
         if journal.is_file():
             advance(sizes[number])
-            return _results(journal)
-        maker = _Maker(make, places, advance)
-        found = writer.write_data(plans[number], maker).wait()  # type: ignore[arg-type]
-        write_file(journal, json.dumps([_plain(result) for result in found]).encode())
+            return _places(journal)
+        found = {}
+        path = aside / f"__{number}_0.distcp"  # as torch names them, as if each were another rank's
+        maker = _Maker(make)
+        with open(path, "wb+") as file:
+            for place, piece in files[number]:
+                offset = file.tell()
+                _write_item(file, piece, maker, find, advance)
+                found[place] = _StorageInfo(path.name, offset, file.tell() - offset)
+            file.flush()
+            os.fsync(file.fileno())
+        write_file(journal, json.dumps([_plain(*item) for item in found.items()]).encode())
         return found
 
     with ThreadPoolExecutor(num_threads) as pool:
-        jobs = [pool.submit(write, number) for number in range(len(plans))]
+        jobs = [pool.submit(write, number) for number in range(len(files))]
         try:
-            results = [job.result() for job in jobs]
+            places = {place: stored for job in jobs for place, stored in job.result().items()}
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    writer.finish(Metadata(index), results)
+    # Without where it is written: a path may hold a user's name.
+    metadata = Metadata(index, storage_data=places, version=CURRENT_DCP_VERSION)
+    write_file(aside / ".metadata", pickle.dumps(metadata))
     for journal in aside.glob(f"{_JOURNAL}*.json"):
         journal.unlink()
 
 
-def _plain(result: WriteResult) -> list[Any]:
-    """Where torch's writer put an item, as JSON has it."""
-    place, stored = result.index, result.storage_data
+def _write_item(
+    file: IO[bytes], piece: Piece | None, maker: "_Maker", find: Find, advance: Callable[[int], Any]
+) -> None:
+    """Write a piece at the end of a file; None is what a layer may keep beside its parameters, which is nothing."""
+    if piece is None:
+        torch.save([None], file)  # as Megatron wraps it
+        return
+    spans = find(piece)
+    if spans is not None:
+        end = file.tell()
+        length, begin = leave_room(file, piece.sizes, piece.dtype)
+        copy_spans(spans, file.fileno(), begin, advance)
+        file.seek(end + length)
+    else:
+        torch.save(maker(piece), file)
+        advance(piece.num_bytes)
+
+
+def _plain(place: MetadataIndex, stored: _StorageInfo) -> list[Any]:
+    """Where an item is, as JSON has it."""
     offsets = None if place.offset is None else list(place.offset)
-    file = (stored.relative_path, stored.offset, stored.length)
-    return [place.fqn, offsets, place.index, result.size_in_bytes, *file]
+    return [place.fqn, offsets, place.index, stored.relative_path, stored.offset, stored.length]
 
 
-def _results(journal: Path) -> list[WriteResult]:
+def _places(journal: Path) -> dict[MetadataIndex, _StorageInfo]:
     """The inverse of `_plain`, of a whole file."""
-    found = []
-    for name, offsets, number, size, path, offset, length in json.loads(journal.read_text()):
+    found = {}
+    for name, offsets, number, path, offset, length in json.loads(journal.read_text()):
         place = MetadataIndex(name, None if offsets is None else torch.Size(offsets), number)
-        found.append(WriteResult(place, size, _StorageInfo(path, offset, length)))
+        found[place] = _StorageInfo(path, offset, length)
     return found
-
-
-class _Writer(FileSystemWriter):
-    """torch's writer, which leaves out where it wrote: a path may hold a user's name."""
-
-    def storage_meta(self) -> None:
-        return None
 
 
 class _MakingFailed(Exception):
@@ -279,18 +297,13 @@ class _MakingFailed(Exception):
 
 
 class _Maker:
-    """What torch's writer asks for the data of an item, just before it writes it."""
+    """Makes pieces, of one parameter after the other, which is kept while its pieces are asked for."""
 
-    def __init__(self, make: Make, pieces: Mapping[MetadataIndex, Piece], advance: Callable[[int], Any]):
-        self.make, self.pieces, self.advance = make, pieces, advance
+    def __init__(self, make: Make):
+        self.make = make
         self._last: tuple[tuple[str, tuple[int, ...]], Tensor] | None = None
 
-    def resolve_data(self, item: WriteItem) -> Tensor | io.BytesIO:
-        if item.type == WriteItemType.BYTE_IO:
-            nothing = io.BytesIO()
-            torch.save([None], nothing)  # as Megatron wraps it
-            return nothing
-        piece = self.pieces[item.index]
+    def __call__(self, piece: Piece) -> Tensor:
         key = (piece.name, piece.stack)
         if self._last is None or self._last[0] != key:
             self._last = None  # its memory, before the next takes some
@@ -298,5 +311,6 @@ class _Maker:
                 self._last = (key, self.make(*key))
             except Exception as error:
                 raise _MakingFailed from error
-        self.advance(piece.num_bytes)
-        return piece.of(self._last[1])
+        part = piece.of(self._last[1])
+        # Of a view, torch.save writes all the memory that it is in.
+        return part if part.untyped_storage().nbytes() == piece.num_bytes else part.clone()

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megamed.checkpoint.spans import Span, find_tensor
 from megamed.checkpoint.writer import reason_of
 from megamed.utils import UserError
 
@@ -59,6 +60,8 @@ class Weights:
 
     def __init__(self, checkpoint: Path):
         self.checkpoint = checkpoint
+        self._files: dict[Path, IO[bytes]] = {}
+        self._found: dict[MetadataIndex, int | None] = {}
         try:
             with open(checkpoint / ".metadata", "rb") as file:
                 metadata: Metadata = _Unpickler(file).load()
@@ -71,6 +74,10 @@ class Weights:
             self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         except Exception as error:  # damaged files raise whatever their bytes lead to
             raise self._damaged(error) from error
+
+    def __del__(self) -> None:
+        for file in self._files.values():
+            file.close()
 
     def __contains__(self, name: str) -> bool:
         return self._find(name) is not None
@@ -129,6 +136,67 @@ class Weights:
             self._reader.read_data(LoadPlan(items), _Targets(targets)).wait()
         except Exception as error:
             raise self._damaged(error) from error
+
+    def spans(self, name: str, stack: tuple[int, ...], first: int, last: int, row: int) -> list[Span] | None:
+        """Where rows of a parameter are in the files.
+
+        Args:
+            name: of the parameter.
+            stack: its place along the first axes: the expert.
+            first, last: which rows, to before the last.
+            row: of what is made of them, which the first is.
+
+        Returns:
+            Bytes that hold all of them, or None where they do not lie so: parts of rows are apart.
+
+        Raises:
+            UserError: a parameter is missing, or the files are damaged.
+        """
+        key, layers = self._need(name)
+        stack, stored = (*layers, *stack), self._tensors[key]
+        rows, width, spans = len(stack), math.prod(stored.size[len(stack) + 1 :]), []
+        if rows >= len(stored.size):
+            return None
+        for number, chunk in enumerate(stored.chunks):
+            inner = [place - start for place, start in zip(stack, chunk.offsets[:rows], strict=True)]
+            if any(not 0 <= place < size for place, size in zip(inner, chunk.sizes[:rows], strict=True)):
+                continue
+            start, stop = max(chunk.offsets[rows], first), min(chunk.offsets[rows] + chunk.sizes[rows], last)
+            if start >= stop:
+                continue
+            if chunk.sizes[rows + 1 :] != stored.size[rows + 1 :]:
+                return None
+            found = self._numbers(MetadataIndex(key, chunk.offsets, number), chunk.sizes)
+            if found is None:
+                return None
+            before = 0
+            for place, size in zip([*inner, start - chunk.offsets[rows]], chunk.sizes[: rows + 1], strict=True):
+                before = before * size + place
+            row_bytes = width * stored.properties.dtype.itemsize
+            place = (row + start - first) * row_bytes
+            file, descriptor, begin = found
+            spans.append(Span(file, descriptor, begin + before * row_bytes, (stop - start) * row_bytes, place))
+        if sum(span.count for span in spans) != (last - first) * width * stored.properties.dtype.itemsize:
+            raise UserError(f"{self.checkpoint}: {key} is there in part only; take another checkpoint")
+        return spans
+
+    def _numbers(self, index: MetadataIndex, sizes: torch.Size) -> tuple[str, int, int] | None:
+        """Path and descriptor of the file that has a chunk, and where in it; None where its values are not in order."""
+        try:
+            stored = self._reader.storage_data[index]
+            path = self.checkpoint / stored.relative_path
+            if path not in self._files:
+                self._files[path] = open(path, "rb")
+            file = self._files[path]
+            if index not in self._found:
+                tensor, begin = find_tensor(file, stored.offset, stored.length)
+                # Megatron and torch write no others.
+                in_order = tensor.is_contiguous() and tensor.shape == sizes and not tensor.storage_offset()
+                self._found[index] = begin if in_order else None
+        except Exception as error:
+            raise self._damaged(error) from error
+        place = self._found[index]
+        return None if place is None else (str(path), file.fileno(), place)
 
     def _find(self, name: str) -> tuple[str, tuple[int, ...]] | None:
         """Key in the checkpoint, and the place along the axis of layers if they are stacked."""

@@ -5,8 +5,9 @@
 Makes a folder in the layout of the releases, of random numbers: InternViT-6B's and InternLM2-20B's layers at their
 widths, as many as --gigabytes holds, with all words. Then, turn by turn: `cp` of its weights, import, `cp`, export of
 what was imported; each in a process of its own, whose peak of resident memory is what the system says. Files are synced
-to the disk on all sides, and the page cache is as it is: all sides read what was written or read just before. At the
-end the exported files are compared with the first ones, byte by byte. It needs about four times the size on the disk.
+to the disk on all sides. Before each of them the page cache is brought to one state: it has what is read, and of the
+other files nothing; else whoever comes second pays for clearing up after the first. At the end the exported files are
+compared with the first ones, byte by byte. It needs about four times the size on the disk, and twice as memory.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,9 +118,21 @@ def timed(command: list[str]) -> tuple[float, int]:
     return float(seconds), int(peak)
 
 
+def settle(source: Path, folders: Iterable[Path]) -> None:
+    """Have one of some folders in the page cache, and the others not."""
+    for folder in folders:
+        for path in (path for path in folder.rglob("*") if path.is_file()):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    for path in (path for path in source.rglob("*") if path.is_file()):
+        with open(path, "rb", buffering=0) as file:
+            while file.read(2**24):
+                pass
+
+
 def copy(folder: Path, to: Path) -> float:
     """Seconds of `cp` and `sync` of the weights."""
-    shutil.rmtree(to, ignore_errors=True)
     to.mkdir()
     files = [str(path) for path in sorted(folder.glob("*.safetensors"))]
     return timed(["sh", "-c", 'to=$1; shift; cp "$@" "$to" && sync "$to"/*', "sh", str(to), *files])[0]
@@ -139,9 +153,12 @@ def main(args: argparse.Namespace) -> None:
     peaks: dict[str, list[int]] = {"import": [], "export": []}
     for _ in tqdm(range(args.repetitions), desc="turns", unit="turn", disable=None):
         for what, source, to in (("import", folder, checkpoint), ("export", checkpoint, back)):
+            shutil.rmtree(to, ignore_errors=True)
+            kept = (folder, checkpoint, back)
+            settle(folder, kept)
             seconds_of_copy = copy(folder, copied)
             shutil.rmtree(copied)
-            shutil.rmtree(to, ignore_errors=True)
+            settle(source, kept)
             seconds, peak = timed([sys.executable, str(CONVERT), what, str(source), "--to", str(to)])
             ratios[what].append(seconds / seconds_of_copy)
             peaks[what].append(peak)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megamed.checkpoint.hf.names import Stored
 from megamed.checkpoint.hf.source import Source
+from megamed.checkpoint.spans import Span
 from megamed.checkpoint.weights import Weights
 from megamed.models.weight_map import MISSING, Found, Rows, Table, check_rows
 from megamed.utils import UserError
@@ -94,6 +95,25 @@ class Incoming:
                 covered = max(covered, stop - first)
         out[covered:].zero_()  # words that the vocabulary is padded with
 
+    def spans(self, name: str, num_rows: int, first: int, last: int) -> list[Span] | None:
+        """Where rows of a parameter are in the files; those that none covers are zeros. None: they are in pickles.
+
+        Args:
+            name: of the parameter.
+            num_rows: of the whole parameter.
+            first, last: which rows, to before the last.
+        """
+        found, spans = self._line(name), []
+        for rows in found.line.joined(num_rows).rows():
+            start, stop = max(rows.ours, first), min(rows.ours + rows.count, last)
+            if start < stop:
+                begin = rows.theirs + start - rows.ours
+                span = self.source.span(found.theirs[rows.part], begin, begin + stop - start, start - first)
+                if span is None:
+                    return None
+                spans.append(span)
+        return spans
+
     def _line(self, name: str) -> Found:
         found = self.table.of_ours(name)
         if found is None:
@@ -175,6 +195,27 @@ class Outgoing:
         for x in rows:
             _copy(x, ours, tensor)
         return tensor
+
+    def dtype(self, theirs: str) -> torch.dtype | None:
+        """Type in which the checkpoint has what one of their tensors is made of; None if it has nothing."""
+        found = self.table.of_theirs(self.table.repeats.get(theirs, theirs))
+        if found is None or found.ours not in self.parameters:
+            return None
+        return self.weights.dtype(self.parameters[found.ours].name)
+
+    def spans(self, theirs: str) -> list[Span] | None:
+        """Where the bytes of one of their tensors are in the checkpoint; None if it has to be made."""
+        found = self.table.of_theirs(self.table.repeats.get(theirs, theirs))
+        if found is None or found.ours not in self.parameters:
+            return None
+        x, spans = self.parameters[found.ours], []
+        for rows in found.line.joined(x.shape[0]).rows():
+            if rows.part == found.part:
+                parts = self.weights.spans(x.name, x.stack, rows.ours, rows.ours + rows.count, rows.theirs)
+                if parts is None:
+                    return None
+                spans += parts
+        return sorted(spans, key=lambda span: span.place)
 
     def _read(self, name: str) -> Tensor:
         if name not in self._kept:

@@ -25,6 +25,7 @@ from megamed.checkpoint.hf.source import DTYPES as STORED_TYPES
 from megamed.checkpoint.hf.source import INDEX, NAMES, Source
 from megamed.checkpoint.hf.target import Plan, plan_files, write_safetensors
 from megamed.checkpoint.rewrite import Piece, make_card, one_process, outline, write_weights
+from megamed.checkpoint.spans import Span
 from megamed.checkpoint.weights import Weights
 from megamed.config import to_yaml
 from megamed.data import load_tokenizer
@@ -135,6 +136,14 @@ def import_folder(path: Path, target: Path, versions: dict[str, str]) -> tuple[V
             incoming.fill(name, len(out), (0,) * out.dim(), out)
             return out
 
+        def find(piece: Piece) -> list[Span] | None:
+            stacked = len(piece.stack)
+            shape, sizes = piece.whole[stacked:], piece.sizes[stacked:]
+            if not shape or sizes[1:] != shape[1:]:
+                return None
+            first = piece.offsets[stacked]
+            return incoming.spans(name_of(piece.name, piece.stack), shape[0], first, first + sizes[0])
+
         num_bytes = write_weights(
             target,
             [*(replace(p, dtype=incoming.dtype(name_of(p.name, p.stack))) for p in pieces), *others],
@@ -143,7 +152,8 @@ def import_folder(path: Path, target: Path, versions: dict[str, str]) -> tuple[V
             {MODEL_FILE: to_yaml(folder.model)},
             identity=folder.source.fingerprint,
             prepare=lambda aside: keep_sidecar(folder, aside / SIDECAR),
-            num_threads=2,  # one reads while the other writes; two of the largest tensors are in memory at most
+            num_threads=2,  # two of the largest tensors are in memory at most, where they have to be made
+            find=find,
         )
     return folder.model, num_bytes
 
@@ -182,6 +192,12 @@ class Export:
         """A tensor of the files."""
         return self.left_out[name] if name in self.left_out else self.outgoing.make(name).to(self.types[name])
 
+    def find(self, name: str) -> list[Span] | None:
+        """Where the bytes of a tensor are in the checkpoint; None if it has to be made."""
+        if name in self.left_out or self.types[name] != self.outgoing.dtype(name):
+            return None
+        return self.outgoing.spans(name)
+
     def write_beside(self, folder: Path) -> None:
         """Write everything but the weights."""
         if self.sidecar is not None:
@@ -214,7 +230,7 @@ def export_folder(checkpoint: Path, target: Path, dtype: str | None = None) -> i
     export = plan_export(checkpoint, dtype)
     status = (checkpoint / CARD).stat()
     identity = f"{checkpoint.resolve()} {status.st_mtime_ns} {dtype}"
-    return write_safetensors(target, export.plan, export.make, identity, export.write_beside)
+    return write_safetensors(target, export.plan, export.make, identity, export.write_beside, export.find)
 
 
 def plan_export(checkpoint: Path, dtype: str | None) -> Export:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megamed.checkpoint.spans import Span
 from megamed.utils import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -232,6 +233,21 @@ class Source:
             self._read_bytes(file, begin + start * row_bytes, buffer)
             part = buffer[(slice(None), *region)] if shape and not whole else buffer
             (out[start - first : stop - first] if shape else out).copy_(part)
+
+    def span(self, name: str, first: int, last: int, row: int) -> Span | None:
+        """Where rows of a tensor are in its file; None of a pickle.
+
+        Args:
+            name: of the tensor.
+            first, last: which rows, to before the last.
+            row: of what is made of them, which the first is.
+        """
+        if name in self._pickled:
+            return None
+        file, entry = self._places[name]
+        row_bytes = (entry.end - entry.start) // max(entry.shape[0], 1) if entry.shape else 0
+        start = self.headers[file].num_bytes + entry.start + first * row_bytes
+        return Span(str(self.folder / file), self._files[file], start, (last - first) * row_bytes, row * row_bytes)
 
     def _read_bytes(self, file: str, offset: int, out: Tensor) -> None:
         view = memoryview(out.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

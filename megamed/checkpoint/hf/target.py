@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from megamed.checkpoint.aside import written_aside
 from megamed.checkpoint.hf.source import NAMES, SINGLE, Entry, Header
+from megamed.checkpoint.spans import Span, copy_spans
 from megamed.utils import UserError
 from megamed.utils.files import sync
 
@@ -83,6 +84,7 @@ def write_safetensors(
     make: Callable[[str], Tensor],
     identity: str,
     prepare: Callable[[Path], Any] = lambda aside: None,
+    find: Callable[[str], Sequence[Span] | None] = lambda name: None,
 ) -> int:
     """Write a folder of files; until it is complete it has another name.
 
@@ -92,6 +94,8 @@ def write_safetensors(
         make: makes a tensor, in the type and shape that its header says; in the order of files and places.
         identity: what it is made of and how; a killed writing of the same identity is gone on with.
         prepare: puts further files into the folder that it is given.
+        find: says of a tensor where its bytes are, and it is copied and not made; all of them, in their order. None:
+            it has to be made.
 
     Returns:
         Bytes of tensors.
@@ -106,23 +110,36 @@ def write_safetensors(
     ):
         prepare(aside)
         for file, header in plan.items():
-            _write_file(aside / file, header, make, bar.update)
+            _write_file(aside / file, header, make, find, bar.update)
     return total
 
 
-def _write_file(path: Path, header: Header, make: Callable[[str], Tensor], advance: Callable[[int], Any]) -> None:
+def _write_file(
+    path: Path,
+    header: Header,
+    make: Callable[[str], Tensor],
+    find: Callable[[str], Sequence[Span] | None],
+    advance: Callable[[int], Any],
+) -> None:
     """Write a file, or what lacks of it: whole tensors that are there already are kept."""
-    with open(path, "ab") as file:
-        there = file.tell()
+    path.touch()
+    with open(path, "r+b") as file:
+        there = file.seek(0, os.SEEK_END)
         ends = [header.num_bytes, *(header.num_bytes + entry.end for entry in header.entries)]
         kept = max((end for end in ends if end <= there), default=0)
         file.truncate(kept)
+        file.seek(kept)
         advance(kept)
         if kept == 0:
             file.write(header.encode())
             advance(header.num_bytes)
         for entry in header.entries:
             if header.num_bytes + entry.end > max(kept, header.num_bytes) or entry.start == entry.end:
+                if (spans := find(entry.name)) is not None:
+                    file.flush()
+                    copy_spans(spans, file.fileno(), file.tell(), advance)
+                    file.seek(0, os.SEEK_END)
+                    continue
                 tensor = make(entry.name).contiguous()
                 if NAMES[tensor.dtype] != entry.dtype or tuple(tensor.shape) != entry.shape:
                     raise UserError(

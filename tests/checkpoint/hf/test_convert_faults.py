@@ -139,20 +139,20 @@ def watched(owner: type, method: str, names: list[str], dies_at: str | None) -> 
 def test_after_a_stop_both_ways_go_on(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rewrite, "_FILE_BYTES", 2**15)  # about two parameters
     new, back = tmp_path / "new", tmp_path / "back"
-    with watched(bridge.Incoming, "fill", [], "vision.projector.fc1.weight"), pytest.raises(KeyboardInterrupt):
+    with watched(bridge.Incoming, "spans", [], "vision.projector.fc1.weight"), pytest.raises(KeyboardInterrupt):
         import_folder(original, new, {})
     assert not new.exists()
     read: list[str] = []
-    with watched(bridge.Incoming, "fill", read, None):
+    with watched(bridge.Incoming, "spans", read, None):
         import_folder(original, new, {})
     assert 0 < len(read) < 40 and "language.embedding.word_embeddings.weight" not in read
-    with watched(bridge.Outgoing, "make", [], QKV), pytest.raises(KeyboardInterrupt):
+    with watched(bridge.Outgoing, "spans", [], QKV), pytest.raises(KeyboardInterrupt):
         export_folder(new, back)
     assert not back.exists()
     with open(tmp_path / "back.unfinished" / MODEL, "ab") as file:
         file.write(b"half of a tensor")
     made: list[str] = []
-    with watched(bridge.Outgoing, "make", made, None):
+    with watched(bridge.Outgoing, "spans", made, None):
         export_folder(new, back)
     assert made[0] == QKV, "what was written before is kept"
     assert (back / MODEL).read_bytes() == (original / MODEL).read_bytes()

@@ -287,7 +287,7 @@ def test_keywords_of_the_header_the_name_and_what_lies_beside_it(tmp_path):
     path = write(tmp_path / "hand_FLAIR.nii", voxels(4, 5, 6), descrip=b"V.a. Schlaganfall Mueller")
     assert read(path).info.keywords == ("flair", "stroke"), "of the name its last word: the others may be a person's"
     (tmp_path / "hand_FLAIR.json").write_text(
-        '{"StudyDescription": "MRT Kopf Mueller", "ProtocolName": ["x", 1], "BodyPart": "Sella", "PatientName": "Knee"}')
+        '{"StudyDescription": "MRT Kopf Mueller", "ProtocolName": ["x"], "BodyPart": "Sella", "PatientName": "Knee"}')
     assert read(path).info.keywords == ("flair", "head", "pituitary", "stroke")
     assert read(write(tmp_path / "knee_hand.nii", voxels(4, 5, 6))).info.keywords == ()
 
