@@ -21,6 +21,7 @@ def parse() -> argparse.Namespace:
         epilog="examples: +exp=fmri   +exp=fmri data.path=RUN.nii train.steps=500   +exp=fmri parallel.tensor=2",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides; +exp=NAME: an experiment")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a run's config.yaml, in the place of conf/")
     parser.add_argument("--cfg", action="store_true", help="print the composed configuration and stop")
     args, unknown = parser.parse_known_args()
     args.overrides += unknown  # where a misspelt option gets a better message
@@ -35,7 +36,8 @@ def main(args: argparse.Namespace) -> None:
     from megamed.utils import log
 
     log.setup(runtime.global_rank())
-    config = load(train.JobConfig, compose(CONF, "pretrain", args.overrides))
+    folder, name = (args.config.parent, args.config.stem) if args.config else (CONF, "pretrain")
+    config = load(train.JobConfig, compose(folder, name, args.overrides))
     run.adopt_hf(config)
     if args.cfg:
         print(to_yaml(config), end="")
@@ -58,7 +60,8 @@ def main(args: argparse.Namespace) -> None:
     facts = run.describe(config, mesh)
     saved = (config.checkpoint, job.model, job.optimizer, job.scheduler)
     manager = checkpoint.CheckpointManager(folder / "checkpoints", *saved, mesh, facts)
-    card = manager.load(resume_from) if resume_from else manager.start_from(config.init.checkpoint, config.init.hf)
+    goes_on = resume_from is not None
+    card = manager.load_newest() if goes_on else manager.start_from(config.init.checkpoint, config.init.hf)
     source.restore(card["position"], card.get("data", {}))
     start_step = card["step"]
     ask = partial(
@@ -68,9 +71,9 @@ def main(args: argparse.Namespace) -> None:
     evaluation = eval.HeldOutEvaluation(ask, folder / "held_out.jsonl", config.eval.every_steps)
     if start_step < config.train.steps:
         run.write_settings(config, tokenizer, folder, start_step)
+        train.record_start(folder, start_step, facts["layout"], source.state(card["position"]))
         measure = partial(train.measurements, config=config, peak_flops=train.matmul_peak(job.dtype))
         callbacks: list[train.Callback] = [
-            progress := train.Progress(config.train.steps),
             train.Metrics(folder / "metrics.jsonl", measure),
             train.RoutingLog(folder / "routing.jsonl", config),
             train.Wandb(config.wandb, folder, config.run.name, facts, measure),
@@ -78,10 +81,7 @@ def main(args: argparse.Namespace) -> None:
         ]
         if config.eval.held_out:
             callbacks.append(evaluation)
-        try:
-            train.fit(job, source, callbacks, start_step, card["position"])
-        finally:
-            progress.close()
+        train.fit_watched(job, source, callbacks, start_step, card["position"], folder)
     else:
         run.say_complete(start_step, folder)
         if config.eval.held_out:
@@ -91,6 +91,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    from megamed.utils import stop
+
+    stop.listen()
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback on Ctrl-C during the imports
     args = parse()  # before the imports, which take seconds

@@ -1,7 +1,7 @@
 """Checkpoints of a training run, readable at any layout."""
 
 import megamed.runtime  # noqa: F401  makes Megatron importable, before the modules below import it
-from megamed.checkpoint.card import describe_model, find_checkpoint, list_checkpoints, model_of, read_card
+from megamed.checkpoint.card import describe_model, find_checkpoint, list_checkpoints, model_of, read_card, step_of
 from megamed.checkpoint.config import CheckpointConfig
 from megamed.checkpoint.manager import CheckpointManager
 
@@ -13,4 +13,5 @@ __all__ = [
     "list_checkpoints",
     "model_of",
     "read_card",
+    "step_of",
 ]

@@ -34,6 +34,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / CARD).is_file())
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(checkpoint.name.rpartition("_")[2])
+
+
 def find_checkpoint(path: Path, key: str) -> Path:
     """The checkpoint that a path means: itself, or the newest one of a run.
 

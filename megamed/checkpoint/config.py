@@ -11,6 +11,10 @@ class CheckpointConfig:
     """Save after every so many steps; 0 saves at the end alone."""
     keep_last: int = 2
     """Complete checkpoints to keep; 0 keeps all."""
+    keep_every: int = 0
+    """Beside the last ones, keep those whose step is a multiple of this; 0 keeps none of them."""
+    verify: bool = True
+    """Compare all files with their checksums before a run goes on from a checkpoint; each rank reads its share."""
     asynchronous: bool = True
     """Write in a thread beside the training; the next save waits for it."""
     export_hf: bool = False

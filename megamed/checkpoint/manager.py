@@ -5,6 +5,7 @@ it exist. `megamed.json` in it says what it is, in text.
 """
 
 import contextlib
+import errno
 import inspect
 import json
 import logging
@@ -13,6 +14,7 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,12 +34,14 @@ from megamed.checkpoint.card import (
     find_checkpoint,
     list_checkpoints,
     read_card,
+    step_of,
 )
 from megamed.checkpoint.config import CheckpointConfig
 from megamed.checkpoint.hf.convert import export_folder
 from megamed.checkpoint.hf.sidecar import SIDECAR, carry_sidecar
 from megamed.checkpoint.hf.start import fill_from_folder
 from megamed.checkpoint.state import load_optimizer, model_state, optimizer_state, random_state
+from megamed.checkpoint.sums import SUMS, find_damage, write_sums
 from megamed.checkpoint.weights import Weights, fill_state
 from megamed.checkpoint.writer import BackgroundWriter, reason_of, write_file
 from megamed.runtime import Mesh, set_rng_state
@@ -46,7 +50,9 @@ from megamed.utils.files import sync
 
 log = logging.getLogger(__name__)
 
-_UNFINISHED, _DISCARDED = ".unfinished", ".discarded"
+_UNFINISHED, _DISCARDED, _DAMAGED = ".unfinished", ".discarded", ".damaged"
+# Beside as much as the last checkpoint took.
+_SPARE_BYTES = 2**20
 EXPORTS = "hf_export"
 
 # megatron-core 0.19 wants to know whose machinery writes, and takes an optional package's unless told otherwise.
@@ -124,8 +130,9 @@ class CheckpointManager:
         }
         self._on_first_rank(lambda: self._prepare(aside), target)
         card = {
-            **self.describe, "step": step, "position": position, "data": data or {}, "world_size": dist.get_world_size()
-        }
+            **self.describe, "step": step, "position": position, "data": data or {},
+            "world_size": dist.get_world_size(), "has_checksums": True,
+        }  # fmt: skip
         try:
             request = dist_checkpointing.save(
                 state,
@@ -166,6 +173,43 @@ class CheckpointManager:
 
     def _export_of(self, checkpoint: Path) -> Path:
         return self.folder.parent / EXPORTS / checkpoint.name
+
+    def load_newest(self) -> dict[str, Any]:
+        """Load the newest checkpoint of this run that is whole. Collective.
+
+        One that is damaged gets another name, for someone to look at, and the one before it is taken.
+
+        Returns:
+            Its card.
+
+        Raises:
+            UserError: none is whole, or the whole one is of another model.
+        """
+        while True:
+            listed = [list_checkpoints(self.folder)]
+            dist.broadcast_object_list(listed)  # file systems do not show every rank the same at one moment
+            kept = listed[0]
+            if not kept:
+                raise UserError(
+                    f"{self.folder}: no checkpoint is whole; those that are damaged are named *{_DAMAGED}. Restore one "
+                    "from a copy, or begin anew with run.resume=no",
+                    everywhere=True,
+                )
+            problem = self.find_damage(kept[-1])
+            if problem is None:
+                return self.load(kept[-1])
+            self._on_first_rank(partial(_set_aside, kept[-1], problem), kept[-1])
+
+    def find_damage(self, checkpoint: Path) -> str | None:
+        """What is wrong with a checkpoint's files, the same on every rank; None for nothing. Collective.
+
+        Nothing is looked at where `verify` is false, or in a checkpoint from before there were checksums.
+        """
+        if not self.config.verify or not ((checkpoint / SUMS).exists() or _should_have_sums(checkpoint)):
+            return None
+        problems: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, find_damage(checkpoint, dist.get_rank(), dist.get_world_size()))
+        return next(filter(None, problems), None)
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Load a checkpoint in place: weights, optimizer, scheduler and, at the same layout, random states.
@@ -300,11 +344,17 @@ class CheckpointManager:
         for suffix in (_UNFINISHED, _DISCARDED):
             for leftover in self.folder.glob(f"step_*{suffix}"):
                 shutil.rmtree(leftover)
+        # All ranks begin to write, or none does: what fails later, on one of them, is harder to get out of.
+        kept = list_checkpoints(self.folder)
+        needed = sum(path.stat().st_size for path in kept[-1].rglob("*") if path.is_file()) if kept else 0
+        if shutil.disk_usage(self.folder).free < needed + _SPARE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         aside.mkdir()
 
     def _finish(self, aside: Path, target: Path, card: dict[str, Any]) -> None:
         _forget_path(aside / ".metadata")
         write_file(aside / CARD, json.dumps(card, indent=1).encode())
+        write_sums(aside, self._writer.sums)
         if target.exists():  # the same step, saved again by a run that went back
             _discard(target)
         os.rename(aside, target)
@@ -313,7 +363,8 @@ class CheckpointManager:
             export_folder(target, self._export_of(target))
         if self.config.keep_last:
             for old in list_checkpoints(self.folder)[: -self.config.keep_last]:
-                _discard(old)
+                if not self.config.keep_every or step_of(old) % self.config.keep_every:
+                    _discard(old)
 
     def _on_first_rank(self, action: Callable[[], None], target: Path) -> None:
         """Run on rank 0 and let every rank fail if it fails."""
@@ -389,6 +440,23 @@ def _without_prefix(weights: dict[str, Any], prefix: str) -> dict[str, Any]:
 def _export(checkpoint: Path, target: Path) -> None:
     log.info("making a Hugging Face folder of %s", checkpoint.name)
     export_folder(checkpoint, target)
+
+
+def _should_have_sums(checkpoint: Path) -> bool:
+    """Whether a list of checksums is missing, and was not left out by a megamed of before there were any."""
+    try:
+        return bool(read_card(checkpoint).get("has_checksums", False))
+    except UserError:
+        return True
+
+
+def _set_aside(checkpoint: Path, problem: str) -> None:
+    other = checkpoint.with_name(checkpoint.name + _DAMAGED)
+    if other.exists():
+        shutil.rmtree(other)
+    log.warning("%s: %s; it is kept as %s, and the checkpoint before it is taken", checkpoint, problem, other.name)
+    os.rename(checkpoint, other)
+    sync(other.parent)
 
 
 def _discard(checkpoint: Path) -> None:

@@ -5,6 +5,7 @@ tracker, an allocator) may copy a lock in its locked state, and then hangs for g
 since serialisation and disk leave the interpreter's lock, and cannot.
 """
 
+import hashlib
 import os
 import queue
 import threading
@@ -27,13 +28,16 @@ class BackgroundWriter:
         self._request: AsyncRequest | None = None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._sums: dict[str, str] = {}
+        self.sums: dict[str, str] = {}
+        """SHA-256 of the files that all ranks wrote in the last save, by name."""
         # In the place of a queue in a process of its own, which nobody needs where a thread writes.
         filesystem_async._results_queue = queue.Queue()
 
     def start(self, request: AsyncRequest) -> None:
         """Copy what has to be written, and start writing it."""
         assert self._request is None, "one save at a time"
-        self._request = request
+        self._request, self._sums = request, {}
         if request.async_fn is not None:  # else this rank has nothing to write
             transforms = request.async_fn.args[0]  # type: ignore[attr-defined]
             buckets = _staged(request)
@@ -65,12 +69,17 @@ class BackgroundWriter:
             reasons: list[str | None] = [None] * dist.get_world_size()
             dist.all_gather_object(reasons, None if self._error is None else reason_of(self._error))
             raise OSError(next(reason for reason in reasons if reason))
+        sums: list[dict[str, str]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(sums, self._sums)
+        self.sums = {name: digest for part in sums for name, digest in part.items()}
         for finalize in request.finalize_fns:
             finalize()
 
     def _write(self, transforms: list[Any], buckets: list[Any], results: "queue.Queue[Any]") -> None:
         try:
             results.put({index: _write_bucket(transforms, index, bucket) for index, bucket in enumerate(buckets)})
+            paths = [Path(bucket[0]) for bucket in buckets]
+            self._sums = {path.name: digest_of(path) for path in paths}
         except Exception as error:  # raised on every rank by `finish`
             self._error = error
 
@@ -85,6 +94,12 @@ def reason_of(error: BaseException) -> str:
         return system.strerror or str(system)
     lines = str(chain[-1]).strip().splitlines()
     return (lines[-1] if lines else type(chain[-1]).__name__).partition(". ")[0][:200]
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -1,5 +1,6 @@
 """What happens beside the training: progress, metrics, Weights & Biases, checkpoints."""
 
+import logging
 import os
 import shutil
 import sys
@@ -8,18 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from megamed.checkpoint import CheckpointManager
 from megamed.data import MicrobatchSource
 from megamed.models.moe.report import routing_metrics
-from megamed.runtime import peak_memory_bytes
+from megamed.runtime import current_device, peak_memory_bytes
 from megamed.train.config import JobConfig, WandbConfig
 from megamed.train.loop import StepEvent
 from megamed.train.step_log import StepLog
-from megamed.utils import UserError
+from megamed.utils import UserError, stop
 from megamed.utils.optional import require
+
+log = logging.getLogger(__name__)
 
 Measure = Callable[[StepEvent], dict[str, Any]]
 
@@ -167,7 +171,11 @@ class Wandb:
 
 
 class Checkpoints:
-    """Saves every `every_steps` steps and after the last one."""
+    """Saves every `every_steps` steps, after the last one, and when the job is asked to stop, which ends it then.
+
+    A save that fails before the last step ends nothing: it is said, and the next one is tried. The earlier checkpoints
+    are there still.
+    """
 
     def __init__(self, manager: CheckpointManager, source: MicrobatchSource, every_steps: int, total_steps: int):
         self.manager, self.source, self.every_steps, self.total_steps = manager, source, every_steps, total_steps
@@ -176,10 +184,35 @@ class Checkpoints:
         pass
 
     def after_step(self, event: StepEvent) -> None:
-        self.manager.poll()
+        is_last, is_asked = event.step == self.total_steps, _any_rank(stop.is_asked())
         due = self.every_steps and event.step % self.every_steps == 0
-        if due or event.step == self.total_steps:
-            self.manager.save(event.step, event.position, self.source.state(event.position))
+        try:
+            self.manager.poll()
+            if due or is_last or is_asked:
+                self.manager.save(event.step, event.position, self.source.state(event.position))
+            if is_asked:
+                self.manager.wait()
+        except UserError as error:  # of every rank, or of none
+            if is_last or is_asked:
+                raise
+            if dist.get_rank() == 0:
+                log.warning("%s; training goes on", str(error).replace(", then run again", ""))
+        if is_asked and not is_last:
+            if dist.get_rank() == 0:
+                log.info("stopping after step %d, as asked; run the same command again to go on", event.step)
+                stop.tell_starter(event.step)
+            raise Stopped(0)
 
     def end(self) -> None:
         self.manager.export()
+
+
+class Stopped(SystemExit):
+    """The job was asked to stop, has saved, and ends without an error."""
+
+
+def _any_rank(value: bool) -> bool:
+    """Whether it holds on some rank. Collective: a signal does not reach all ranks in the same step."""
+    total = torch.tensor(float(value), device=current_device())
+    dist.all_reduce(total)
+    return bool(total.item())

@@ -56,6 +56,9 @@ class RunConfig:
     name: str = "run"
     dir: str = "runs"
     """Folder of all runs; this one is in `dir/name`."""
+    hang_minutes: float = 30.0
+    """End a rank that takes longer than this from one step to the next, so that torchrun starts the job again; 0
+    never does. What each of its threads did then is kept in the run's folder."""
     resume: Literal["ask", "yes", "no"] = "ask"
     """Go on from the last checkpoint of the same name: ask at a terminal (elsewhere: yes), always, or never."""
 

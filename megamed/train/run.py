@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megamed import __version__
-from megamed.checkpoint import describe_model, list_checkpoints, read_card
+from megamed.checkpoint import describe_model, list_checkpoints, step_of
 from megamed.checkpoint.hf.start import model_of_folder
 from megamed.config import to_yaml
 from megamed.data import DataConfig, TextTokenizer
@@ -67,7 +67,9 @@ def check_values(config: JobConfig) -> None:
         ("optim.clip_grad", optim.clip_grad, optim.clip_grad >= 0, "0 or more"),
         ("checkpoint.every_steps", keep.every_steps, keep.every_steps >= 0, "0 or more"),
         ("checkpoint.keep_last", keep.keep_last, keep.keep_last >= 0, "0 or more"),
+        ("checkpoint.keep_every", keep.keep_every, keep.keep_every >= 0, "0 or more"),
         ("eval.every_steps", config.eval.every_steps, config.eval.every_steps >= 0, "0 or more"),
+        ("run.hang_minutes", config.run.hang_minutes, config.run.hang_minutes >= 0, "0 or more"),
         ("run.dir", config.run.dir, bool(config.run.dir), "a folder"),
         ("run.name", name, Path(name).name == name and name not in ("", ".."), "the name of one folder"),
     )
@@ -149,7 +151,7 @@ def _choose(config: RunConfig) -> tuple[Path, Path | None]:
 
 
 def _wants_to_go_on(checkpoint: Path) -> bool:
-    step = read_card(checkpoint)["step"]
+    step = step_of(checkpoint)
     if not _can_ask():
         return True
     print(f"{checkpoint} is from step {step}. Go on from it? [Y/n] ", end="", file=sys.stderr, flush=True)

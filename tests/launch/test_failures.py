@@ -70,7 +70,7 @@ def root_cause(output: str) -> str:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_disk_that_fills_up_ends_the_run_and_leaves_its_checkpoints(ranks, small_disk, tmp_path):
+def test_a_disk_that_fills_up_ends_nothing_before_the_last_step(ranks, small_disk, tmp_path):
     """Ranks meet, too, while another program has torchrun's usual port."""
     args = (*SMALL, f"run.dir={small_disk}/runs", "checkpoint.every_steps=1", "checkpoint.keep_last=0")
     with contextlib.ExitStack() as stack:
@@ -83,17 +83,22 @@ def test_a_disk_that_fills_up_ends_the_run_and_leaves_its_checkpoints(ranks, sma
                 other.listen()
             code, output = torchrun(tmp_path / "log", *args, "train.steps=30").wait()
             assert "No space left on device" in root_cause(output)
-    assert code != 0
-    assert len(errors(output)) == 1, output
-    assert "cannot be written (No space left on device; " in errors(output)[0]
-    assert "MiB free there); free space or set run.dir to another disk" in errors(output)[0]
-    assert "Traceback" not in output.partition("torch/distributed/elastic")[0]
     folder = small_disk / "runs" / "fmri"
     kept = list_checkpoints(folder / "checkpoints")
-    assert f"earlier checkpoints are intact, the last is {kept[-1].name}" in errors(output)[0]
-    # What had been written of the one that did not fit is gone, and the run goes on once there is room.
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [path.name for path in kept]
     last = int(kept[-1].name.removeprefix("step_"))
+    assert 1 < last < 29
+    # Each save that fails is said, and the last one, without which the weights would be lost, ends the run.
+    refused = "cannot be written (No space left on device; "
+    intact = "MiB free there); free space or set run.dir to another disk; earlier checkpoints are intact, the last is "
+    warnings = [line for line in output.splitlines() if "WARNING" in line and refused in line]
+    says = f"{intact}{kept[-1].name}; training goes on"
+    assert len(warnings) == 29 - last and all(says in line for line in warnings), output
+    assert code != 0 and len(errors(output)) == 1 and refused in errors(output)[0], output
+    assert f"step_{30:08d}: " in errors(output)[0] and "run again; earlier checkpoints are intact" in errors(output)[0]
+    assert "Traceback" not in output.partition("torch/distributed/elastic")[0]
+    assert steps(folder) == list(range(1, 31))
+    # What had been written of those that did not fit is gone, and the run goes on once there is room.
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [path.name for path in kept]
     shutil.rmtree(kept[0])
     code, output = run(tmp_path / "again", *args[:-1], "checkpoint.keep_last=1", f"train.steps={last + 2}")
     assert code == 0, output
@@ -108,18 +113,24 @@ def test_a_full_disk_at_the_start(small_disk, tmp_path):
     assert len(errors(output)) == 1 and "cannot be written (No space left on device" in errors(output)[0]
 
 
-def test_a_disk_that_something_else_fills(small_disk, tmp_path):
-    """Whether metrics or a checkpoint comes upon it first."""
+def test_a_disk_that_something_else_fills_and_frees_again(small_disk, tmp_path):
+    """Metrics and checkpoints that find no room come later; then the run is asked to stop, and saves."""
     job = start(tmp_path / "log", *SMALL, f"run.dir={small_disk}/runs", "train.steps=4000", "checkpoint.every_steps=20")
     folder = small_disk / "runs" / "fmri"
     wait_for(job, lambda: list_checkpoints(folder / "checkpoints"))
-    fill(small_disk, leave=0)
-    code, output = job.wait()
-    assert code == 2 and "Traceback" not in output, output
-    assert len(errors(output)) == 1
-    assert "No space left on device" in errors(output)[0] or " 0 MiB free there" in errors(output)[0]
+    filler = fill(small_disk, leave=0)
+    said = ("training goes on", "metrics.jsonl: cannot be written (No space left on device)")
+    wait_for(job, lambda: all(text in job.log.read_text() for text in said))
     assert list_checkpoints(folder / "checkpoints")
-    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
+    filler.unlink()
+    job.send(signal.SIGUSR1)
+    code, output = job.wait()
+    assert code == 0 and "Traceback" not in output and not errors(output), output
+    assert output.count("its lines are kept in memory until there is room") == 1
+    saved = list_checkpoints(folder / "checkpoints")[-1]
+    taken = int(saved.name.removeprefix("step_"))
+    assert f"stopping after step {taken}, as asked" in output
+    assert steps(folder) == list(range(1, taken + 1)), "no line is lost, and none is cut"
 
 
 @pytest.mark.parametrize(("failing_rank", "failure"), [(1, "raises"), (1, "killed")])

@@ -174,37 +174,76 @@ def test_closed_streams(streams, half_way, tmp_path):
     assert len(losses(half_way / "fmri")) == 4
 
 
+def _cut(path: Path, length: int) -> tuple[str, str]:
+    os.truncate(path, length)
+    return path.name, "is damaged: its checksum is another"
+
+
+def _replace(path: Path, text: str) -> tuple[str, str]:
+    path.write_text(text)
+    return path.name, "is damaged: its checksum is another"
+
+
+def _remove(path: Path) -> tuple[str, str]:
+    path.unlink()
+    return path.name, "is missing"
+
+
+def _add(path: Path) -> tuple[str, str]:
+    path.write_text("")
+    return path.name, "is not in SHA256SUMS"
+
+
 DAMAGE = {
-    "no weights": lambda folder: (folder / "__0_0.distcp").unlink(),
-    "weights cut short": lambda folder: os.truncate(folder / "__0_0.distcp", 100_000),
+    "no weights": lambda folder: _remove(folder / "__0_0.distcp"),
+    "weights cut short": lambda folder: _cut(folder / "__0_0.distcp", 100_000),
     "bits turned": lambda folder: _turn_bits(folder / "__0_0.distcp"),
-    "no metadata": lambda folder: (folder / ".metadata").unlink(),
-    "metadata cut short": lambda folder: os.truncate(folder / ".metadata", 100),
-    "common.pt is something else": lambda folder: (folder / "common.pt").write_text("garbage\n"),
-    "card cut short": lambda folder: os.truncate(folder / "megamed.json", 100),
-    "card of something else": lambda folder: (folder / "megamed.json").write_text("{}"),
+    "no metadata": lambda folder: _remove(folder / ".metadata"),
+    "metadata cut short": lambda folder: _cut(folder / ".metadata", 100),
+    "common.pt is something else": lambda folder: _replace(folder / "common.pt", "garbage\n"),
+    "card cut short": lambda folder: _cut(folder / "megamed.json", 100),
+    "card of something else": lambda folder: _replace(folder / "megamed.json", "{}"),
+    "no list": lambda folder: (_remove(folder / "SHA256SUMS")[0], "cannot be read (No such file or directory)"),
+    "list cut short": lambda folder: (_cut(folder / "SHA256SUMS", 100)[0], "is damaged"),
+    "a file too many": lambda folder: _add(folder / "more"),
 }
 
 
-def _turn_bits(path: Path) -> None:
+def _turn_bits(path: Path) -> tuple[str, str]:
     data = bytearray(path.read_bytes())
     for index in range(len(data) // 4, len(data) // 2):
         data[index] ^= 0xFF
     path.write_bytes(data)
+    return path.name, "is damaged: its checksum is another"
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint(kind, runs, finished):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(kind, runs, finished):
     damaged = runs / "fmri" / "checkpoints" / "step_00000004"
-    DAMAGE[kind](damaged)
+    path, says = DAMAGE[kind](damaged)
+    output = again(runs)
+    line = next(line for line in output.splitlines() if "WARNING" in line and str(damaged) in line)
+    assert f"{damaged}: {path} {says}" in line and "is kept as step_00000004.damaged, and the" in line
+    assert losses(runs / "fmri") == losses(finished / "fmri")
+    names = sorted(path.name for path in damaged.parent.iterdir())
+    assert names == ["step_00000002", "step_00000004", "step_00000004.damaged"]
+
+
+def test_if_all_are_damaged_it_says_so(runs):
+    for step in (2, 4):
+        DAMAGE["bits turned"](runs / "fmri" / "checkpoints" / f"step_{step:08d}")
     code, output = run(runs.parent / "log", *COMMAND, f"run.dir={runs}")
     assert code == 2 and "Traceback" not in output, output
-    assert len(errors(output)) == 1
+    assert len(errors(output)) == 1 and "no checkpoint is whole; those that are damaged are named" in errors(output)[0]
+    assert output.count("is damaged: its checksum is another") == 2
+
+
+def test_without_verification_what_torch_cannot_read_is_named(runs):
+    damaged = runs / "fmri" / "checkpoints" / "step_00000004"
+    (damaged / "__0_0.distcp").unlink()
+    code, output = run(runs.parent / "log", *COMMAND, f"run.dir={runs}", "checkpoint.verify=false")
+    assert code == 2 and "Traceback" not in output and len(errors(output)) == 1, output
     assert f"{damaged}: " in errors(output)[0] and "move that folder away" in errors(output)[0], output
-    if kind == "no weights":  # the mend that the line names
-        damaged.rename(runs / "away")
-        assert "step_00000002" in again(runs)
-        assert losses(runs / "fmri") == losses(finished / "fmri")
 
 
 def test_a_step_that_is_saved_again_takes_the_old_ones_place(runs, finished):

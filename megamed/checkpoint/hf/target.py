@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,16 @@ def write_safetensors(
         tqdm(total=total, unit="B", unit_scale=True, desc="write", disable=not sys.stderr.isatty()) as bar,
     ):
         prepare(aside)
-        for file, header in plan.items():
-            _write_file(aside / file, header, make, find, bar.update)
+        # Copied by the system, files are written two at a time; what is made takes memory, and is so one by one.
+        is_copied = all(find(entry.name) is not None for header in plan.values() for entry in header.entries)
+        with ThreadPoolExecutor(2 if is_copied else 1) as pool:
+            jobs = [pool.submit(_write_file, aside / file, plan[file], make, find, bar.update) for file in plan]
+            try:
+                for job in jobs:
+                    job.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
     return total
 
 
