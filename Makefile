@@ -50,6 +50,7 @@ pretrain: install
 	.venv/bin/torchrun --nproc-per-node 2 launch/pretrain.py +exp=fmri $(ARGS)
 
 test: install
+	@tools/install_slurm.sh
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/python -m pytest -q --durations=10 -n 2 --dist loadfile

@@ -15,7 +15,8 @@ def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "step"
     (folder / "hf").mkdir(parents=True)
     draw = random.Random(0)
-    for name, size in (("__0_0.distcp", 5000), ("__1_0.distcp", 3000), (".metadata", 200), ("hf/a b.json", 90), ("e", 0)):
+    sizes = {"__0_0.distcp": 5000, "__1_0.distcp": 3000, ".metadata": 200, "hf/a b.json": 90, "empty": 0}
+    for name, size in sizes.items():
         (folder / name).write_bytes(draw.randbytes(size))
     write_sums(folder, {})
     return folder
