@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from megamed.runtime.device import device_type, set_device
+from megamed.runtime.rendezvous import fresh_store
 from megamed.utils import UserError
 
 EXIT_USER_ERROR = 2
@@ -67,7 +68,10 @@ def start(timeout_minutes: float = 30.0) -> None:
         return
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
-        dist.init_process_group(backend, **options)
+        store, rank, size = next(dist.rendezvous("env://", timeout=options["timeout"]))
+        store.set_timeout(options["timeout"])
+        store = fresh_store(store, rank, size, 60 * timeout_minutes)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, **options)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise UserError(
             f"cannot meet the other ranks at {where} ({_first_line(error)}); if another program has the port, "
