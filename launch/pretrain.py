@@ -11,6 +11,8 @@ import signal
 from functools import partial
 from pathlib import Path
 
+from megamed.utils import stop
+
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
@@ -36,8 +38,8 @@ def main(args: argparse.Namespace) -> None:
     from megamed.utils import log
 
     log.setup(runtime.global_rank())
-    folder, name = (args.config.parent, args.config.stem) if args.config else (CONF, "pretrain")
-    config = load(train.JobConfig, compose(folder, name, args.overrides))
+    values = args.config or CONF / "pretrain.yaml"
+    config = load(train.JobConfig, compose(values.parent, values.stem, args.overrides))
     run.adopt_hf(config)
     if args.cfg:
         print(to_yaml(config), end="")
@@ -60,8 +62,7 @@ def main(args: argparse.Namespace) -> None:
     facts = run.describe(config, mesh)
     saved = (config.checkpoint, job.model, job.optimizer, job.scheduler)
     manager = checkpoint.CheckpointManager(folder / "checkpoints", *saved, mesh, facts)
-    goes_on = resume_from is not None
-    card = manager.load_newest() if goes_on else manager.start_from(config.init.checkpoint, config.init.hf)
+    card = manager.load_newest() if resume_from else manager.start_from(config.init.checkpoint, config.init.hf)
     source.restore(card["position"], card.get("data", {}))
     start_step = card["step"]
     ask = partial(
@@ -70,8 +71,7 @@ def main(args: argparse.Namespace) -> None:
     )
     evaluation = eval.HeldOutEvaluation(ask, folder / "held_out.jsonl", config.eval.every_steps)
     if start_step < config.train.steps:
-        run.write_settings(config, tokenizer, folder, start_step)
-        train.record_start(folder, start_step, facts["layout"], source.state(card["position"]))
+        run.write_settings(config, tokenizer, folder, start_step, facts["layout"], source.state(card["position"]))
         measure = partial(train.measurements, config=config, peak_flops=train.matmul_peak(job.dtype))
         callbacks: list[train.Callback] = [
             train.Metrics(folder / "metrics.jsonl", measure),
@@ -79,9 +79,8 @@ def main(args: argparse.Namespace) -> None:
             train.Wandb(config.wandb, folder, config.run.name, facts, measure),
             train.Checkpoints(manager, source, config.checkpoint.every_steps, config.train.steps),
         ]
-        if config.eval.held_out:
-            callbacks.append(evaluation)
-        train.fit_watched(job, source, callbacks, start_step, card["position"], folder)
+        callbacks += [evaluation] if config.eval.held_out else []
+        train.fit_watched(job, source, callbacks, manager, card, folder)
     else:
         run.say_complete(start_step, folder)
         if config.eval.held_out:
@@ -91,8 +90,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    from megamed.utils import stop
-
     stop.listen()
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback on Ctrl-C during the imports

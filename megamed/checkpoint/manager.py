@@ -104,13 +104,14 @@ class CheckpointManager:
         self._is_validated = False
         self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
 
-    def save(self, step: int, position: int, data: dict[str, Any] | None = None) -> Path:
+    def save(self, step: int, position: int, data: dict[str, Any] | None = None, skipped: int = 0) -> Path:
         """Save after `step` steps. Collective. With `asynchronous`, returns while it is being written.
 
         Args:
             step: optimizer steps taken.
             position: microbatches of the data consumed, over all replicas.
             data: what the data source keeps of that position, for the card; JSON-serialisable.
+            skipped: of the steps, those that the optimizer did not take.
 
         Returns:
             The folder that the checkpoint will have.
@@ -131,7 +132,7 @@ class CheckpointManager:
         self._on_first_rank(lambda: self._prepare(aside), target)
         card = {
             **self.describe, "step": step, "position": position, "data": data or {},
-            "world_size": dist.get_world_size(), "has_checksums": True,
+            "world_size": dist.get_world_size(), "has_checksums": True, "skipped": skipped,
         }  # fmt: skip
         try:
             request = dist_checkpointing.save(
@@ -256,7 +257,7 @@ class CheckpointManager:
         for index, chunk in enumerate(self.model.language):
             chunk.module.load_state_dict(_without_prefix(loaded["model"][f"language{index}"], "language."))
         self.model.vision.module.load_state_dict(_without_prefix(loaded["model"]["vision"], "vision."))
-        load_optimizer(self.optimizer, loaded["optimizer"], card["step"])
+        load_optimizer(self.optimizer, loaded["optimizer"], card["step"] - card.get("skipped", 0))
         self._load_scheduler(loaded["scheduler"])
         if same_layout:
             set_rng_state(loaded["random"])
@@ -331,6 +332,7 @@ class CheckpointManager:
                 )
 
     def _load_scheduler(self, state: dict[str, Any]) -> None:
+        self.scheduler.num_steps = 0  # Megatron adds the loaded steps to those that it has taken
         self.scheduler.load_state_dict(state)
         was, now = state["lr_decay_steps"], self.scheduler.lr_decay_steps
         if was != now and dist.get_rank() == 0:

@@ -6,7 +6,6 @@ from megamed.train.config import JobConfig
 from megamed.train.job import Job, build_job
 from megamed.train.loop import Callback, StepEvent, fit
 from megamed.train.meter import matmul_peak
-from megamed.train.record import record_start
 from megamed.train.routing_log import RoutingLog
 from megamed.train.step import Stepper, StepReport
 from megamed.train.watch import fit_watched
@@ -28,5 +27,4 @@ __all__ = [
     "fit_watched",
     "matmul_peak",
     "measurements",
-    "record_start",
 ]

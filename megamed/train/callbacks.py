@@ -1,6 +1,7 @@
 """What happens beside the training: progress, metrics, Weights & Biases, checkpoints."""
 
 import logging
+import math
 import os
 import shutil
 import sys
@@ -57,7 +58,10 @@ def measurements(event: StepEvent, config: JobConfig, peak_flops: float) -> dict
         "mfu": round(flops_per_s / peak_flops, 6),
         "peak_memory_gib": round(peak_memory_bytes() / 2**30, 4),
     }
-    return values
+    if event.is_skipped:
+        values["skipped"] = True
+    # JSON has no word for what is not finite.
+    return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in values.items()}
 
 
 class Progress:
@@ -68,6 +72,7 @@ class Progress:
         self.bar: Any = None
 
     def start(self, step: int) -> None:
+        self.close()  # of a run that went back
         stream = sys.stderr  # None where whoever started the program had closed it
         tqdm.set_lock(threading.RLock())  # its own is shared between processes, and starts one that watches it
         self.bar = tqdm(
@@ -125,7 +130,7 @@ class Wandb:
         self.run: Any = None
 
     def start(self, step: int) -> None:
-        if dist.get_rank() or self.config.mode == "disabled":
+        if dist.get_rank() or self.config.mode == "disabled" or self.run is not None:
             return
         wandb = require("wandb", f"wandb.mode={self.config.mode}", "pip install wandb")
         # Its reports of its own errors go over the network, offline or not, and have tracebacks with paths.
@@ -189,7 +194,7 @@ class Checkpoints:
         try:
             self.manager.poll()
             if due or is_last or is_asked:
-                self.manager.save(event.step, event.position, self.source.state(event.position))
+                self.manager.save(event.step, event.position, self.source.state(event.position), event.skipped)
             if is_asked:
                 self.manager.wait()
         except UserError as error:  # of every rank, or of none

@@ -17,6 +17,25 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
+class FaultsConfig:
+    """What becomes of steps whose gradient would do harm."""
+
+    not_finite: Literal["stop", "skip", "rollback"] = "stop"
+    """Loss or gradient norm is no number: end the run, leave the step out, or go back to the last checkpoint and on
+    with the data that come after it."""
+    spike: Literal["none", "stop", "skip", "rollback"] = "none"
+    """The same where the gradient norm spikes; none lets the optimizer have it, clipped."""
+    spike_factor: float = 10.0
+    """A spike is a norm above this many times the median of the steps before."""
+    window: int = 100
+    """Steps of that median."""
+    min_steps: int = 20
+    """Steps that have to be known before anything is a spike."""
+    most: int = 10
+    """More bad steps than this within `window` steps end the run, whatever the policy."""
+
+
+@dataclass
 class TrainConfig:
     """Length and batch of the run."""
 
@@ -30,6 +49,8 @@ class TrainConfig:
     """Weight of the loss on text beside the answers (questions, context), whose own weight is 1."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of weights and activations; auto is bf16 on a GPU and fp32 on a CPU."""
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+    """Gradients that are not finite, and spikes."""
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -8,11 +8,11 @@ from typing import Protocol
 
 from megamed.data import Microbatch, MicrobatchSource
 from megamed.data.specialties import drop_specialties
+from megamed.train.faults import Faults
 from megamed.train.job import Job
 from megamed.train.meter import row_flops, step_flops, sum_over_replicas
 from megamed.train.prefetch import Prefetcher
-from megamed.train.step import StepReport
-from megamed.utils import UserError
+from megamed.train.step import BadStep, StepReport
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,10 @@ class StepEvent:
     """Part of it that this rank waited for data."""
     flops: float
     """Model FLOPs of the global batch."""
+    is_skipped: bool = False
+    """Its gradient was not applied."""
+    skipped: int = 0
+    """Steps of the run whose gradient was not applied."""
 
 
 class Callback(Protocol):
@@ -51,6 +55,7 @@ def fit(
     callbacks: Sequence[Callback],
     start_step: int,
     start_position: int | None = None,
+    faults: Faults | None = None,
 ) -> None:
     """Train from `start_step` to the job's last step.
 
@@ -60,7 +65,13 @@ def fit(
         callbacks: called in this order.
         start_step: steps already taken.
         start_position: rows already consumed; None for n a step.
+        faults: judges steps; by default they end the run if they are not finite.
+
+    Raises:
+        RollBack: the policy says so.
+        UserError: a step is bad, and the policy says to stop.
     """
+    faults = faults or Faults(job.config.train.faults)
     mesh, count, model = job.mesh, job.config.train.microbatches, job.config.model
     offset = 0 if start_position is None else start_position - start_step * count
     for callback in callbacks:
@@ -79,19 +90,19 @@ def fit(
             microbatches = prefetcher.rows(step)
             lr = job.optimizer.param_groups[0]["lr"]
             try:
-                report = job.stepper.train(microbatches, prefetcher.load, job.optimizer)
-            except FloatingPointError as error:
-                raise UserError(
-                    f"step {step + 1}: {error}; the weights are those of step {step}. Lower optim.lr or look at the "
-                    "data of this step, then run again to go on from the last checkpoint",
-                    everywhere=True,
-                ) from error
-            job.scheduler.step(1)
+                report = job.stepper.train(microbatches, prefetcher.load, job.optimizer, faults.judge)
+                is_skipped = False
+                job.scheduler.step(1)
+            except BadStep as bad:
+                faults.handle(step + 1, (step + 1) * count + offset, bad, microbatches, mesh)
+                report, is_skipped = bad.report, True
             event = StepEvent(
                 step=step + 1,
                 position=(step + 1) * count + offset,
                 report=report,
                 lr=float(lr),
+                is_skipped=is_skipped,
+                skipped=faults.skipped,
                 flops=sum_over_replicas(float(step_flops(model, microbatches)), mesh),
                 seconds=time.perf_counter() - began,
                 data_seconds=prefetcher.seconds - waited,

@@ -21,6 +21,7 @@ from megamed.data import DataConfig, TextTokenizer
 from megamed.data.tokenizer import has_tokenizer
 from megamed.runtime import Mesh
 from megamed.train.config import DTYPES, JobConfig, RunConfig
+from megamed.train.record import record_start
 from megamed.utils import UserError
 from megamed.utils.optional import apex_notice
 
@@ -42,6 +43,7 @@ def check_values(config: JobConfig) -> None:
         UserError: names the key, the value and the range.
     """
     optim, keep, name = config.optim, config.checkpoint, config.run.name
+    faults = config.train.faults
     warmup_steps = min(optim.warmup_steps, config.train.steps - 1)
     positive = [
         *((f"model.vision.{key}", getattr(config.model.vision, key)) for key in _VISION_SIZES),
@@ -65,6 +67,11 @@ def check_values(config: JobConfig) -> None:
         ("optim.beta2", optim.beta2, 0 <= optim.beta2 < 1, "from 0 to below 1"),
         ("optim.eps", optim.eps, optim.eps > 0, "above 0"),
         ("optim.clip_grad", optim.clip_grad, optim.clip_grad >= 0, "0 or more"),
+        ("train.faults.spike_factor", faults.spike_factor, faults.spike_factor > 1, "above 1"),
+        ("train.faults.window", faults.window, faults.window >= 1, "1 or more"),
+        ("train.faults.min_steps", faults.min_steps, 1 <= faults.min_steps <= faults.window,
+         f"from 1 to train.faults.window = {faults.window}"),
+        ("train.faults.most", faults.most, faults.most >= 1, "1 or more"),
         ("checkpoint.every_steps", keep.every_steps, keep.every_steps >= 0, "0 or more"),
         ("checkpoint.keep_last", keep.keep_last, keep.keep_last >= 0, "0 or more"),
         ("checkpoint.keep_every", keep.keep_every, keep.keep_every >= 0, "0 or more"),
@@ -205,10 +212,24 @@ def versions() -> dict[str, str]:
     }
 
 
-def write_settings(config: JobConfig, tokenizer: TextTokenizer, folder: Path, start_step: int) -> None:
-    """Keep configuration, versions and tokenizer in the run's folder; rank 0 alone.
+def write_settings(
+    config: JobConfig,
+    tokenizer: TextTokenizer,
+    folder: Path,
+    start_step: int,
+    layout: dict[str, Any],
+    data: dict[str, Any],
+) -> None:
+    """Keep what makes the run again in its folder: configuration, versions, tokenizer, program, data; rank 0 alone.
 
     A configuration that differs from the one of the steps before stays, under the number of the last of them.
+
+    Args:
+        config, tokenizer: of the run.
+        folder: of the run.
+        start_step: that this start goes on after.
+        layout: sizes of the parallel layout.
+        data: what the data source says of its data.
 
     Raises:
         UserError: the folder cannot be written.
@@ -228,6 +249,7 @@ def write_settings(config: JobConfig, tokenizer: TextTokenizer, folder: Path, st
         raise UserError(
             f"{folder}: cannot be written ({reason}); free space there or set run.dir to another disk"
         ) from error
+    record_start(folder, start_step, layout, data)
 
 
 def say_start() -> None:

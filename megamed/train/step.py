@@ -52,6 +52,22 @@ class StepReport:
     """Which experts the tokens of the global batch were sent to; None for a dense model."""
 
 
+Judge = Callable[[float, float], str | None]
+
+
+class BadStep(FloatingPointError):
+    """A step whose gradient was not applied.
+
+    Attributes:
+        what: is wrong with it.
+        report: of the step.
+    """
+
+    def __init__(self, what: str, report: StepReport):
+        super().__init__(f"the gradient norm is {report.grad_norm} at loss {report.loss}")
+        self.what, self.report = what, report
+
+
 class Stepper:
     """Runs training steps of a placed model.
 
@@ -85,19 +101,33 @@ class Stepper:
         self.model.vision.finish_grad_sync()
         return report
 
-    def train(self, microbatches: Sequence[Microbatch], load: LoadFrames, optimizer: ChainedOptimizer) -> StepReport:
-        """One optimizer step. Arguments as in `gradients`; returns the report with the gradient norm.
+    def train(
+        self,
+        microbatches: Sequence[Microbatch],
+        load: LoadFrames,
+        optimizer: ChainedOptimizer,
+        judge: Judge | None = None,
+    ) -> StepReport:
+        """One optimizer step.
+
+        Args:
+            microbatches, load: as for `gradients`.
+            optimizer: applies the gradient.
+            judge: says what is wrong with a step, by its loss and gradient norm; by default, a norm that is no number.
+
+        Returns:
+            The report, with the gradient norm.
 
         Raises:
-            FloatingPointError: the gradient norm is not finite; the weights are unchanged.
+            BadStep: something is; weights and optimizer are as they were.
         """
         optimizer.zero_grad()
         report = self.gradients(microbatches, load)
         # Megatron's own `step`, opened up: it would apply a gradient that is not finite.
         optimizer.prepare_grads()
         norm = optimizer.get_grad_norm()
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm} at loss {report.loss}")
+        if what := (judge or _is_finite)(report.loss, norm):
+            raise BadStep(what, replace(report, grad_norm=norm))
         clip_by_total_norm(optimizer, norm)
         optimizer.step_with_ready_grads()
         if report.routing is not None:
@@ -161,6 +191,10 @@ class Stepper:
             routing=statistics.counts if statistics else None,
             **counts,
         )
+
+
+def _is_finite(loss: float, norm: float) -> str | None:
+    return None if math.isfinite(norm) else "not_finite"
 
 
 def _loss(output: Tensor, item: LanguageInput, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,20 +7,27 @@ waits for a file system, or for gloo, does not. What is watched is the time from
 import contextlib
 import faulthandler
 import json
+import logging
 import os
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
+from megamed.checkpoint import CheckpointManager, list_checkpoints
 from megamed.data import MicrobatchSource
 from megamed.train.callbacks import Progress, Stopped
+from megamed.train.faults import Faults, RollBack
 from megamed.train.job import Job
 from megamed.train.loop import Callback, StepEvent, fit
+from megamed.utils import UserError
 from megamed.utils.files import write_text
+
+log = logging.getLogger(__name__)
 
 ALIVE, HANGS = "alive.json", "hangs"
 EXIT_HUNG = 75  # sysexits.h: a failure that may be over next time
@@ -31,20 +38,32 @@ def fit_watched(
     job: Job,
     source: MicrobatchSource,
     callbacks: Sequence[Callback],
-    start_step: int,
-    start_position: int | None,
+    manager: CheckpointManager,
+    card: dict[str, Any],
     folder: Path,
 ) -> None:
-    """Train as `fit` does, with a progress bar, a sign of life, and an end to what hangs.
+    """Train as `fit` does, with a progress bar, a sign of life, an end to what hangs, and ways back from bad steps.
 
     Args:
-        job, source, callbacks, start_step, start_position: as for `fit`.
+        job, source, callbacks: as for `fit`.
+        manager: of the run's checkpoints.
+        card: of the one that was loaded, or what stands for it at the beginning.
         folder: of the run.
     """
     progress, watch = Progress(job.config.train.steps), Watch(folder, job.config.run.hang_minutes)
+    beside: list[Callback] = [watch, progress, *callbacks, watch.resumed]
+    faults, position = Faults(job.config.train.faults, folder, card.get("skipped", 0)), card["position"]
     state = "failed"
     try:
-        fit(job, source, [watch, progress, *callbacks, watch.resumed], start_step, start_position)
+        while True:
+            faults.remember(card["step"])
+            try:
+                fit(job, source, beside, card["step"], position, faults)
+                break
+            except RollBack as back:
+                card, position = _go_back(manager, back.position), back.position
+                source.restore(position, source.state(position))
+                faults.skipped = card.get("skipped", 0)
         state = "complete"
     except Stopped:
         state = "stopped"
@@ -52,6 +71,20 @@ def fit_watched(
     finally:
         progress.close()
         watch.close(state)
+
+
+def _go_back(manager: CheckpointManager, position: int) -> dict[str, Any]:
+    """Load the last checkpoint again."""
+    manager.wait()
+    if not list_checkpoints(manager.folder):
+        raise UserError(
+            "there is no checkpoint yet to go back to; set train.faults.*=skip, or checkpoint.every_steps to fewer",
+            everywhere=True,
+        )
+    card = manager.load_newest()
+    if dist.get_rank() == 0:
+        log.warning("going on from step %d with the data from row %d on", card["step"], position)
+    return card
 
 
 class Watch:
@@ -72,7 +105,8 @@ class Watch:
 
     def start(self, step: int) -> None:
         self._step = step
-        self._thread.start()
+        if not self._thread.is_alive():
+            self._thread.start()
 
     def after_step(self, event: StepEvent) -> None:
         self._step, self._since = event.step, None
