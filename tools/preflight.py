@@ -1,14 +1,16 @@
-"""Before the queue: what the ranks of a job hold, and whether that fits.
+"""Before the queue: what the ranks of a job take, whether that fits, and if not, what would.
 
     python tools/preflight.py +exp=internvl26b cluster=h100x64
-    python tools/preflight.py +exp=gpu64 cluster=a100x64 parallel.tensor=8
+    python tools/preflight.py +exp=internvl26b cluster=a100x64 parallel.tensor=8
     python tools/preflight.py +exp=ct data.store=STORE --gpus 8 --memory 80
 
 Takes the overrides of launch/pretrain.py, and a cluster of conf/cluster/. A rank of each pipeline stage is built, as
-training builds it, in a job of the full world size: on this machine, without a GPU and without memory for the weights.
+training builds it, in a job of the full world size, and takes one step: on this machine, without a GPU and without
+memory for anything. Weights, gradients and optimizer state are counted to the byte; activations, frames, logits and
+buffers as the step allocates them, with rows that are full of frames. Where it does not fit, changes are tried, one
+after the other, until one does.
 
-Counted, to the byte, is what is there from the first step to the last: weights, gradients, optimizer state. **Not
-counted yet** are activations, frames and logits, which take what is left: docs/preflight.md. Exit code: 0 if it fits,
+**Not counted yet**: what models with experts take in a step, and time: docs/preflight.md. Exit code: 0 if it fits,
 1 if not, 2 for what you can mend.
 """
 
@@ -17,7 +19,7 @@ import json
 import os
 import signal
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +27,7 @@ from megamed.utils import UserError
 from megamed.utils.command import exit_code, positive
 
 if TYPE_CHECKING:
-    from megamed.preflight import ClusterConfig, Held
+    from megamed.preflight import ClusterConfig, Held, Peak
     from megamed.train import JobConfig
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -61,69 +63,142 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:,.2f}"
 
 
-def report(config: "JobConfig", cluster: "ClusterConfig", held: dict[int, "Held"]) -> str:
-    """A table of the stages, and the verdict."""
+@dataclass(frozen=True)
+class Rank:
+    """What a rank takes: what it holds, and the step beside it; None for a model with experts."""
+
+    held: "Held"
+    step: "Peak | None"
+
+    @property
+    def total(self) -> int:
+        return self.held.total + (self.step.most if self.step else 0)
+
+
+def measure(config: "JobConfig", world_size: int, quiet: bool) -> dict[int, Rank]:
+    """Build a rank of each stage, and let it take a step."""
+    from tqdm import tqdm
+
+    from megamed.models.projector import tokens_per_frame
+    from megamed.preflight import filled_row, held_by_rank, peak_of_rank, stage_ranks
+
+    vision = config.model.vision
+    frame_tokens = tokens_per_frame(vision.image_size, vision.patch_size, config.model.projector.downsample_ratio)
+    rows = [filled_row(config, frame_tokens)] * (config.train.microbatches // config.parallel.data_size(world_size))
+    found = {}
+    for rank in tqdm(stage_ranks(config, world_size), desc="ranks", unit="rank", disable=quiet or None, leave=False):
+        has_experts = config.model.language.moe.total_experts > 0
+        step = None if has_experts else peak_of_rank(config, rank, world_size, rows)
+        found[rank] = Rank(held_by_rank(config, rank, world_size), step)
+    return found
+
+
+def gib(num_bytes: float) -> str:
+    """Bytes for people."""
+    return f"{num_bytes / 2**30:,.2f}"
+
+
+def report(config: "JobConfig", cluster: "ClusterConfig", ranks: dict[int, Rank]) -> str:
+    """A table of the stages."""
     p, usable = config.parallel, cluster.memory_gib - cluster.reserved_gib
     data = cluster.gpus // (p.tensor * p.pipeline * p.context)
     lines = [
         f"{config.model.name}: {cluster.gpus} GPUs{f' ({cluster.gpu})' if cluster.gpu else ''} = tensor {p.tensor} x "
-        f"pipeline {p.pipeline} x context {p.context} x data {data}; expert {p.expert}; {config.train.dtype}",
+        f"pipeline {p.pipeline} x context {p.context} x data {data}; expert {p.expert}; {config.train.dtype}; "
+        f"{config.train.microbatches // data} rows of {config.data.seq_length:,} tokens a replica",
         "",
-        f"| rank | stage | weights, GiB | gradients | optimizer | held | left of {usable:.1f} GiB |",
-        "|---|---|---|---|---|---|---|",
+        "| rank | stage | weights, GiB | gradients | optimizer | vision, forward | language | vision, backward | most | "
+        f"left of {usable:.1f} GiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for stage, (rank, x) in enumerate(held.items()):
-        cells = [gib(x.weights), gib(x.gradients), gib(x.optimizer), gib(x.total), gib(usable * 2**30 - x.total)]
-        lines.append(f"| {rank} | {stage} | {' | '.join(cells)} |")
+    for stage, (rank, x) in enumerate(ranks.items()):
+        phases = x.step.phases.values() if x.step else ()
+        steps = [gib(size) for size in phases] if x.step else ["not counted"] * 3
+        cells = [gib(x.held.weights), gib(x.held.gradients), gib(x.held.optimizer), *steps, gib(x.total)]
+        lines.append(f"| {rank} | {stage} | {' | '.join(cells)} | {gib(usable * 2**30 - x.total)} |")
     lines += ["", f"{cluster.memory_gib:g} GiB a GPU, of which {cluster.reserved_gib:g} are assumed to be taken."]
     return "\n".join(lines)
 
 
-def verdict(config: "JobConfig", cluster: "ClusterConfig", held: dict[int, "Held"]) -> str | None:
-    """Why it cannot fit, and the cheapest change that there is a word for; None if it may."""
-    rank, most = max(held.items(), key=lambda item: item[1].total)
-    if most.total <= (cluster.memory_gib - cluster.reserved_gib) * 2**30:
-        return None
-    p = config.parallel
+def fits(ranks: dict[int, Rank], cluster: "ClusterConfig") -> bool:
+    """Whether the fullest rank has room."""
+    return max(x.total for x in ranks.values()) <= (cluster.memory_gib - cluster.reserved_gib) * 2**30
+
+
+def changes(config: "JobConfig") -> list[str]:
+    """What may help, the cheapest first: what costs no time, then what computes again, then what splits more."""
+    p, found = config.parallel, []
     if not config.optim.distributed:
-        mend = "set optim.distributed=true, which shares the optimizer's state over the replicas"
-    else:
-        mend = f"raise parallel.tensor (now {p.tensor}) or parallel.pipeline (now {p.pipeline}), or take more GPUs"
-    return f"does not fit: rank {rank} holds {gib(most.total)} GiB before any activation; {mend}"
+        found.append("optim.distributed=true")
+    if config.model.frames_in_flight is None:
+        found.append(f"model.frames_in_flight={config.model.frames_per_pass}")
+    if not config.model.vision.recompute:
+        found.append("model.vision.recompute=true")
+    if not config.model.language.recompute:
+        found.append("model.language.recompute=true")
+    found += [f"parallel.{key}={2 * getattr(p, key)}" for key in ("context", "tensor", "pipeline")]
+    return found
 
 
-def run(args: argparse.Namespace) -> int:
-    """Build the ranks; 1 if they cannot fit."""
-    from tqdm import tqdm
-
+def settings(overrides: list[str], world_size: int) -> "JobConfig":
+    """The job, checked."""
     from megamed.config import compose, load
-    from megamed.preflight import held_by_rank, stage_ranks
     from megamed.train import JobConfig
     from megamed.train.run import adopt_hf, check_values
-    from megamed.utils import log
 
-    log.setup(0, level="WARNING")
-    cluster = cluster_of(args)
-    config = load(JobConfig, compose(CONF, "pretrain", args.overrides))
+    config = load(JobConfig, compose(CONF, "pretrain", overrides))
     if config.train.dtype == "auto":
         config.train.dtype = "bf16"  # which it is on a GPU, whatever this machine has
     adopt_hf(config)
     check_values(config)
-    config.validate(cluster.gpus)
-    chosen = tqdm(stage_ranks(config, cluster.gpus), desc="ranks", unit="rank", disable=None)
-    held = {rank: held_by_rank(config, rank, cluster.gpus) for rank in chosen}
-    print(report(config, cluster, held))
+    config.validate(world_size)
+    return config
+
+
+def look_for_mend(overrides: list[str], cluster: "ClusterConfig", config: "JobConfig") -> str | None:
+    """The first change with which it fits; each is added to those before that split nothing."""
+    from tqdm import tqdm
+
+    kept: list[str] = []
+    for change in tqdm(changes(config), desc="changes", unit="change", disable=None, leave=False):
+        tried = [*kept, change]
+        try:
+            changed = settings([*overrides, *tried], cluster.gpus)
+        except UserError:
+            continue  # the layout does not allow it
+        if fits(measure(changed, cluster.gpus, quiet=True), cluster):
+            return " ".join(tried)
+        if not change.startswith("parallel."):
+            kept = tried
+    return None
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build the ranks; 1 if they cannot fit."""
+    from megamed.utils import log
+
+    log.setup(0, level="WARNING")
+    cluster = cluster_of(args)
+    config = settings(args.overrides, cluster.gpus)
+    ranks = measure(config, cluster.gpus, quiet=False)
+    print(report(config, cluster, ranks))
     if args.json:
-        values = {"cluster": asdict(cluster), "ranks": {rank: asdict(x) for rank, x in held.items()}}
+        values = {"cluster": asdict(cluster), "ranks": {rank: asdict(x) for rank, x in ranks.items()}}
         args.json.write_text(json.dumps(values, indent=1) + "\n")
-    problem = verdict(config, cluster, held)
-    print(problem or "What is held fits; activations, frames and logits are not counted yet.")
-    return int(problem is not None)
+    if fits(ranks, cluster):
+        print("It fits." if ranks[0].step else "What is held fits; what a step takes is not counted for experts yet.")
+        return 0
+    rank, most = max(ranks.items(), key=lambda item: item[1].total)
+    mend = look_for_mend(args.overrides, cluster, config)
+    help_ = f"it fits with {mend}" if mend else "none of the changes that were tried helps: take more or larger GPUs"
+    print(f"does not fit: rank {rank} takes {gib(most.total)} GiB; {help_}")
+    return 1
 
 
 def main() -> int:
     args = parse()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of torch's notes on the meta device
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: shapes are made where no GPU is
     codes: list[int] = []
     code = exit_code(lambda: codes.append(run(args)), "nothing was changed")

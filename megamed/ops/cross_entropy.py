@@ -35,6 +35,7 @@ def chunked_cross_entropy(
     num_real_words: int | None = None,
     chunk_tokens: int | None = None,
     sequence_parallel: bool = False,
+    labelled_N: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of each token, from the decoder's output: differentiable in `hidden_SH` and `weight_VH`.
 
@@ -51,21 +52,25 @@ def chunked_cross_entropy(
         hidden_SH: the decoder's output; with `sequence_parallel`, this rank's [S / ranks, H] of it.
         weight_VH: this rank's rows of the head, as many on every rank, in the type of `hidden_SH`.
         labels_S: int64, index of the right word in the whole vocabulary, or `IGNORED_LABEL`; on every rank for all
-            S tokens. Where they are on a GPU, their number is read from it once.
+            S tokens.
         group: the ranks that the vocabulary is split over; None where it is whole.
         num_real_words: how many of the rank's words, from the first, are words; the rest is padding without
             probability. None for all.
         chunk_tokens: C; None for as many as have `LOGITS_BYTES` of logits.
         sequence_parallel: the tokens are split over `group`, too.
+        labelled_N: int64, ascending, on the host: where the labels are that are not ignored. None looks for them,
+            and where they are on a GPU, waits for it.
 
     Returns:
         Losses [S] in nats, 0 where the label is ignored: fp32, or fp64 for fp64 arguments; the same on every rank.
     """
     ranks, rank = (group.size(), group.rank()) if group is not None else (1, 0)
-    index_N = torch.nonzero(labels_S != IGNORED_LABEL).squeeze(1)
+    if labelled_N is None:
+        labelled_N = torch.nonzero(labels_S != IGNORED_LABEL).squeeze(1).cpu()
+    index_N = labelled_N.to(labels_S.device)
     first_row, index_R = 0, index_N
     if sequence_parallel and ranks > 1:
-        owners = torch.bincount(index_N // len(hidden_SH), minlength=ranks).tolist()
+        owners = torch.bincount(labelled_N // len(hidden_SH), minlength=ranks).tolist()
         first_row = sum(owners[:rank])
         index_R = index_N[first_row : first_row + owners[rank]] - rank * len(hidden_SH)
     head = _Head(

@@ -122,4 +122,6 @@ def _on_host(pixels_NCHW: Tensor) -> Tensor:
     """The pixels in the host's memory, whence they come back without a detour."""
     if pixels_NCHW.device.type == "cpu":
         return pixels_NCHW
+    if pixels_NCHW.is_meta:
+        return torch.empty_like(pixels_NCHW, device="cpu")  # memory that nobody touches is none
     return torch.empty_like(pixels_NCHW, device="cpu", pin_memory=True).copy_(pixels_NCHW, non_blocking=True)

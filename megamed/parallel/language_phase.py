@@ -109,6 +109,8 @@ def language_input(microbatch: Microbatch, rows_RH: Tensor, mesh: Mesh) -> Langu
             return x_BS
         return x_BS.chunk(mesh.config.tensor, dim=1)[mesh.language.tp.rank()].contiguous()
 
+    packing = Packing.of_row(microbatch.cu_seqlens, position_S, mesh.ring.size(), mesh.ring.rank())
+    packing.labelled_N = microbatch.loss_kind_S[part_S].nonzero().squeeze(1)
     return LanguageInput(
         tokens_BS=of_this_rank(microbatch.tokens_S)[None],
         position_BS=position_S[None],
@@ -116,7 +118,7 @@ def language_input(microbatch: Microbatch, rows_RH: Tensor, mesh: Mesh) -> Langu
         loss_kind_BS=of_this_rank(microbatch.loss_kind_S)[None].long(),
         padding_BS=of_this_router(microbatch.padding_S),
         specialty_BS=of_this_router(microbatch.specialty_S),
-        packing=Packing.of_row(microbatch.cu_seqlens, position_S, mesh.ring.size(), mesh.ring.rank()),
+        packing=packing,
         rows_RH=rows_RH,
         index_R=inside.to(device),
         row_index_S=part_S.to(device),

@@ -144,7 +144,7 @@ class Stepper:
         total_weight = sum(self.weights[kind] * count for kind, count in zip(LOSS_KINDS, labels, strict=True))
         scale = len(inputs) * self.mesh.data_size / (total_weight or 1.0)
         weights = torch.tensor([self.weights[kind] for kind in LOSS_KINDS], device=current_device())
-        finish = partial(_loss, weights=weights * scale)
+        finish = partial(loss_of, weights=weights * scale)
         parts = run_schedule(self.model.language, inputs, finish, with_labels=True, train=True)
         sums = self._sum_over_replicas(parts)
         return self._report(sums, labels, counts, self._statistics(len(inputs)))
@@ -197,7 +197,8 @@ def _is_finite(loss: float, norm: float) -> str | None:
     return None if math.isfinite(norm) else "not_finite"
 
 
-def _loss(output: Tensor, item: LanguageInput, weights: Tensor) -> tuple[Tensor, Tensor]:
+def loss_of(output: Tensor, item: LanguageInput, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """A microbatch's weighted loss, and the sums of losses [kinds] by kind of label."""
     losses = output.float().flatten()
     kinds = item.loss_kind_BS.flatten()
     sums = torch.zeros(len(weights), dtype=torch.float64, device=losses.device)

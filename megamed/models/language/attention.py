@@ -24,6 +24,8 @@ class Packing(PackedSeqParams):
     """Position of each of this rank's tokens in its document."""
     plan: RingPlan | None = None
     """What this rank computes at each step of the ring."""
+    labelled_N: Tensor | None = None
+    """Which of this rank's tokens have a label; on the host, so that nobody has to ask a GPU for their number."""
     tables: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Rotary tables, which every layer of a microbatch asks for again."""
 

@@ -56,6 +56,7 @@ class LanguageModel(GPTModel):
             group=self.pg_collection.tp,
             num_real_words=self.num_real_words,
             sequence_parallel=self.config.sequence_parallel,
+            labelled_N=getattr(others.get("packed_seq_params"), "labelled_N", None),
         ).view(labels.t().shape)
         return losses_SB.t().contiguous()
 

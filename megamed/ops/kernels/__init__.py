@@ -48,7 +48,7 @@ def pick_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, num_doc
 @functools.cache
 def _pick(device: torch.device, dtype: torch.dtype, head_dim: int, one_document: bool) -> BlockKernel:
     order: tuple[str, ...] = ("math",)
-    if dtype != torch.float64 and device.type == "cpu":
+    if dtype != torch.float64 and device.type in ("cpu", "meta"):
         order = ("cpu_flash",)
     elif device.type == "cuda":
         hopper = torch.cuda.get_device_capability(device) >= (9, 0)

@@ -102,13 +102,15 @@ class CpuFlash:
     name = "cpu_flash"
 
     def unavailable(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        return None if device.type == "cpu" else f"runs on the CPU, and the tensors are on {device.type}"
+        # On the meta device it stands for any kernel that keeps no scores.
+        fits = device.type in ("cpu", "meta")
+        return None if fits else f"runs on the CPU, and the tensors are on {device.type}"
 
     def forward(
         self, q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor, block: Block, scale: float
     ) -> tuple[Tensor, Tensor]:
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        q, k, v = (batch(_wide(x) if block.partial else x) for x in (q_TND, k_KGD, v_KGD))
+        q, k, v = (batch(_wide(x) if block.partial and not x.is_meta else x) for x in (q_TND, k_KGD, v_KGD))
         parts = [attend(*inputs, 0.0, block.causal, scale=scale) for inputs in documents(block, (q,), (k, v))]
         outs, lses = zip(*parts, strict=True)
         return unbatch(outs), joined(lses, -1)[0]
@@ -125,7 +127,7 @@ class CpuFlash:
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        inputs = (_wide(x) if block.partial else x for x in (dout_TND, q_TND, out_TND, k_KGD, v_KGD))
+        inputs = (_wide(x) if block.partial and not x.is_meta else x for x in (dout_TND, q_TND, out_TND, k_KGD, v_KGD))
         dout, q, out, k, v = (batch(x) for x in inputs)
         parts = [
             attend(dout, q, k, v, out, lse[..., 0], 0.0, block.causal, scale=scale)
