@@ -58,11 +58,6 @@ def cluster_of(args: argparse.Namespace) -> "ClusterConfig":
     return cluster
 
 
-def gib(num_bytes: float) -> str:
-    """Bytes for people."""
-    return f"{num_bytes / 2**30:,.2f}"
-
-
 @dataclass(frozen=True)
 class Rank:
     """What a rank takes: what it holds, and the step beside it; None for a model with experts."""
@@ -107,8 +102,8 @@ def report(config: "JobConfig", cluster: "ClusterConfig", ranks: dict[int, Rank]
         f"pipeline {p.pipeline} x context {p.context} x data {data}; expert {p.expert}; {config.train.dtype}; "
         f"{config.train.microbatches // data} rows of {config.data.seq_length:,} tokens a replica",
         "",
-        "| rank | stage | weights, GiB | gradients | optimizer | vision, forward | language | vision, backward | most | "
-        f"left of {usable:.1f} GiB |",
+        "| rank | stage | weights, GiB | gradients | optimizer | vision, forward | language | vision, backward | most "
+        f"| left of {usable:.1f} GiB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for stage, (rank, x) in enumerate(ranks.items()):
