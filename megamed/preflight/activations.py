@@ -26,6 +26,7 @@ from megamed.data import LOSS_KINDS, Frame, FrameRef, Microbatch
 from megamed.parallel import PlacedModel, VisionPhase, place, run_schedule, trim_padding
 from megamed.runtime import Mesh, build_mesh, current_device, destroy_mesh, meta_device, seed_everything
 from megamed.train import JobConfig
+from megamed.train.job import build_phase
 from megamed.train.step import Stepper, loss_of
 
 
@@ -218,15 +219,7 @@ def peak_of_rank(config: JobConfig, rank: int, world_size: int, microbatches: Se
         vision = config.model.vision
         with meta_device():
             model = place(config.model, config.attention, mesh, dtype, None, config.optim.distributed)
-            phase = VisionPhase(
-                model.vision,
-                mesh,
-                tokens_per_frame=model.vision.module.tokens_per_frame,
-                hidden_size=config.model.language.hidden_size,
-                dtype=dtype,
-                frames_per_pass=config.model.frames_per_pass,
-                frames_in_flight=config.model.frames_in_flight,
-            )
+            phase = build_phase(config, model, mesh)
 
             def load(frames: Sequence[Frame]) -> Tensor:
                 size = (len(frames), vision.num_channels, vision.image_size, vision.image_size)

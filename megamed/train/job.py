@@ -27,6 +27,25 @@ class Job:
     stepper: Stepper
 
 
+def build_phase(config: JobConfig, model: PlacedModel, mesh: Mesh) -> VisionPhase:
+    """The vision phase over the encoder of a placed model.
+
+    Args:
+        config: the settings.
+        model: of this rank.
+        mesh: the layout.
+    """
+    return VisionPhase(
+        model.vision,
+        mesh,
+        tokens_per_frame=model.vision.module.tokens_per_frame,
+        hidden_size=config.model.language.hidden_size,
+        dtype=config.train.torch_dtype,
+        frames_per_pass=config.model.frames_per_pass,
+        frames_in_flight=config.model.frames_in_flight,
+    )
+
+
 def build_job(config: JobConfig, mesh: Mesh) -> Job:
     """Build everything that a job trains with. Collective.
 
@@ -36,15 +55,7 @@ def build_job(config: JobConfig, mesh: Mesh) -> Job:
     """
     dtype = config.train.torch_dtype
     model = place(config.model, config.attention, mesh, dtype, config.train.seed, config.optim.distributed)
-    phase = VisionPhase(
-        model.vision,
-        mesh,
-        tokens_per_frame=model.vision.module.tokens_per_frame,
-        hidden_size=config.model.language.hidden_size,
-        dtype=dtype,
-        frames_per_pass=config.model.frames_per_pass,
-        frames_in_flight=config.model.frames_in_flight,
-    )
+    phase = build_phase(config, model, mesh)
     parts = [(model.language, mesh.language), ([model.vision], mesh.vision)]
     optimizer = build_optimizer(config.optim, parts, dtype)
     return Job(
