@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shlex
 import subprocess
 import time
 from collections.abc import Mapping
@@ -51,7 +50,7 @@ def record_start(folder: Path, step: int, layout: dict[str, Any], data: dict[str
         write_text(folder / DATA, json.dumps(known, indent=1) + "\n")
         if difference:
             write_text(folder / DIFF, difference)
-        write_text(folder / RERUN, rerun_script(folder, source, dist.get_world_size(), os.environ))
+        write_text(folder / RERUN, rerun_script(source, dist.get_world_size(), os.environ))
         (folder / RERUN).chmod(0o755)
     except OSError as error:
         raise UserError(
@@ -84,11 +83,10 @@ def _git(root: Path, *arguments: str) -> str | None:
     return None
 
 
-def rerun_script(folder: Path, source: dict[str, Any], world_size: int, environment: Mapping[str, str]) -> str:
-    """A shell script that makes a run again, from its configuration, beside it.
+def rerun_script(source: dict[str, Any], world_size: int, environment: Mapping[str, str]) -> str:
+    """A shell script that makes a run again, from the configuration beside the script.
 
     Args:
-        folder: of the run.
         source: as from `source_state`.
         world_size: of the run.
         environment: variables of the process; torchrun's are looked at.
@@ -105,7 +103,6 @@ def rerun_script(folder: Path, source: dict[str, Any], world_size: int, environm
     if source["commit"]:
         changed = f", with {DIFF} applied" if source["is_changed"] else ""
         lines.append(f"# The program was at commit {source['commit']}{changed}.")
-    path = folder.resolve() / "config.yaml"
-    config = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    arguments = shlex.join(["--config", str(config), "run.resume=no"])
-    return "\n".join([*lines, "set -eu", f'exec {launcher} launch/pretrain.py {arguments} "$@"', ""])
+    # By the place of the script, not by a path, which may hold a name.
+    lines += ["set -eu", 'config="$(cd "$(dirname "$0")" && pwd)/config.yaml"']
+    return "\n".join([*lines, f'exec {launcher} launch/pretrain.py --config "$config" run.resume=no "$@"', ""])

@@ -117,12 +117,12 @@ def test_a_run_can_be_made_again(finished: Path, tmp_path: Path) -> None:
     assert before | {"run": None} == after | {"run": None}
 
 
-def test_the_script_of_several_nodes(tmp_path: Path) -> None:
+def test_the_script_of_several_nodes() -> None:
     source = {"commit": "abc", "is_changed": True}
-    text = rerun_script(tmp_path / "a run", source, 16, {"LOCAL_WORLD_SIZE": "8"})
+    text = rerun_script(source, 16, {"LOCAL_WORLD_SIZE": "8"})
     assert "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint $HEAD launch" in text
-    assert "at commit abc, with uncommitted.diff applied" in text and "/a run/config.yaml' run.resume=no" in text
-    assert "torchrun --nproc-per-node 2 launch" in rerun_script(tmp_path, source, 2, {"LOCAL_WORLD_SIZE": "2"})
+    assert "at commit abc, with uncommitted.diff applied" in text and '--config "$config" run.resume=no' in text
+    assert "torchrun --nproc-per-node 2 launch" in rerun_script(source, 2, {"LOCAL_WORLD_SIZE": "2"})
 
 
 def test_what_differs_from_the_commit(tmp_path: Path) -> None:
