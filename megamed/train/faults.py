@@ -6,6 +6,7 @@ checkpoint and pass over the batches since, as PaLM's training did (arXiv:2204.0
 of the batch are kept in `faults.jsonl` of the run.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -141,10 +142,15 @@ def _number(value: float | None) -> float | str | None:
 
 
 def _norms(path: Path, step: int) -> list[float]:
+    """Gradient norms of earlier steps; lines that a kill cut short are left out, as is a file that cannot be read."""
     found = []
-    if path.exists():
-        for line in path.read_text().splitlines():
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        with contextlib.suppress(ValueError, LookupError, TypeError):
             values = json.loads(line)
-            if values["step"] <= step and not values.get("skipped") and values.get("grad_norm") is not None:
+            if values["step"] <= step and not values.get("skipped"):
                 found.append(float(values["grad_norm"]))
     return found

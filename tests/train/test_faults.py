@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megamed.checkpoint.sums import SUMS, write_sums
 from megamed.train.config import FaultsConfig
-from megamed.train.faults import Faults
+from megamed.train.faults import Faults, _norms
 from tests.launch.command import ROOT, SCRIPT, SMALL, errors, run, torchrun
 
 # Runs the script with one step's gradient multiplied, on one rank.
@@ -141,3 +141,12 @@ def test_a_spike_is_far_above_the_median() -> None:
     assert [faults.judge(1.0, norm) for norm in (3.0, 3.0, 3.0, 3.0)] == [None] * 4 and faults.limit == 12.0
     assert faults.judge(float("nan"), 1.0) == faults.judge(1.0, float("inf")) == "not_finite"
     assert Faults(FaultsConfig()).judge(1.0, 1e30) is None, "without a policy nothing is a spike"
+
+
+def test_norms_of_earlier_steps_are_read_whatever_a_kill_left(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert _norms(path, 9) == []
+    kept: list[dict[str, Any]] = [{"step": 1, "grad_norm": 2.0}, {"step": 2, "grad_norm": None}]
+    kept += [{"step": 3, "grad_norm": 9.0, "skipped": True}, {"step": 4, "grad_norm": 3.0}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept) + '{"step": 5, "gr')
+    assert _norms(path, 9) == [2.0, 3.0] and _norms(path, 3) == [2.0]
