@@ -80,23 +80,25 @@ def plan_exchange(
     owner = np.concatenate([np.repeat(o, tokens_per_frame) for o in owners]).astype(np.int64)
     position = np.concatenate(positions).astype(np.int64)
     microbatch = np.repeat(np.arange(len(positions)), [len(p) for p in positions])
-    mine = np.flatnonzero(owner == me)
-
     bounds = np.array([[(s.start, s.end) for s in of_ranks] for of_ranks in shards]).reshape(len(shards), -1, 2)
-    ranks = range(bounds.shape[1])
-    wanted = [(position >= start) & (position < end) for start, end in bounds[microbatch].transpose(1, 2, 0)]
-    sends_gradient = [s.sends_gradient for s in shards[0]]
-    sent = [np.flatnonzero((owner == me) & w) for w in wanted]
-    received = [np.flatnonzero((owner == source) & wanted[me]) for source in ranks]
+    num_ranks, sends_gradient = bounds.shape[1], [s.sends_gradient for s in shards[0]]
+
+    # Rows of a step are millions, and ranks hundreds: all rows are looked at for this rank alone.
+    mine = owner == me
+    start, end = bounds[microbatch[mine]].transpose(2, 1, 0)
+    sent = [np.flatnonzero(wanted) for wanted in (position[mine] >= start) & (position[mine] < end)]
     returned = [rows if sends else rows[:0] for rows, sends in zip(sent, sends_gradient, strict=True)]
-    received_rows = np.concatenate(received)
+    start, end = bounds[microbatch, me].T
+    received = np.flatnonzero((position >= start) & (position < end))
+    by_source = np.argsort(owner[received], kind="stable")
+    recv_splits = np.bincount(owner[received], minlength=num_ranks).tolist()
     return Exchange(
-        send_index=np.searchsorted(mine, np.concatenate(sent)),
+        send_index=np.concatenate(sent),
         send_splits=[len(rows) for rows in sent],
-        recv_splits=[len(rows) for rows in received],
-        order=np.argsort(received_rows, kind="stable"),
-        rows_per_microbatch=np.bincount(microbatch[received_rows], minlength=len(positions)).tolist(),
-        grad_send_splits=[len(rows) if sends_gradient[me] else 0 for rows in received],
+        recv_splits=recv_splits,
+        order=np.argsort(by_source, kind="stable"),
+        rows_per_microbatch=np.bincount(microbatch[received], minlength=len(positions)).tolist(),
+        grad_send_splits=recv_splits if sends_gradient[me] else [0] * num_ranks,
         grad_recv_splits=[len(rows) for rows in returned],
-        grad_index=np.searchsorted(mine, np.concatenate(returned)),
+        grad_index=np.concatenate(returned),
     )
