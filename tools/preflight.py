@@ -3,15 +3,16 @@
     python tools/preflight.py +exp=internvl26b cluster=h100x64
     python tools/preflight.py +exp=internvl26b cluster=a100x64 parallel.tensor=8
     python tools/preflight.py +exp=ct data.store=STORE --gpus 8 --memory 80
+    python tools/preflight.py +exp=internvl26b cluster=h100x64 --search
 
-Takes the overrides of launch/pretrain.py, and a cluster of conf/cluster/. A rank of each pipeline stage is built, as
-training builds it, in a job of the full world size, and takes one step: on this machine, without a GPU and without
-memory for anything. Weights, gradients and optimizer state are counted to the byte; activations, frames, logits and
-buffers as the step allocates them, with rows that are full of frames. Where it does not fit, changes are tried, one
-after the other, until one does.
+Takes the overrides of launch/pretrain.py, and a cluster of conf/cluster/: NAMExN is N GPUs of NAME.yaml. The first rank
+of the first and of the last pipeline stage are built, as training builds them, in a job of the full world size, and
+take a step: on this machine, without a GPU and without memory for anything. Weights, gradients and optimizer state are
+counted to the byte; activations, frames, logits and buffers as the step allocates them, with rows that are full of
+frames; FLOPs and bytes as operations and collectives ask for them. Seconds are a model (docs/preflight.md). Where the
+job does not fit, changes are tried, one after the other, until one does.
 
-**Not counted yet**: what models with experts take in a step, and time: docs/preflight.md. Exit code: 0 if it fits,
-1 if not, 2 for what you can mend.
+Exit code: 0 if it fits, 1 if not, 2 for what you can mend.
 """
 
 import argparse
@@ -19,15 +20,17 @@ import json
 import os
 import signal
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megamed.utils import UserError
 from megamed.utils.command import exit_code, positive
 
 if TYPE_CHECKING:
-    from megamed.preflight import ClusterConfig, Held, Peak
+    from collections.abc import Iterable, Sequence
+
+    from megamed.preflight import Assessment, ClusterConfig
     from megamed.train import JobConfig
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -38,6 +41,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for launch/pretrain.py; cluster=NAME")
     parser.add_argument("--gpus", type=positive, help="instead of the cluster's number")
     parser.add_argument("--memory", type=float, metavar="GIB", help="instead of the cluster's memory of a GPU")
+    parser.add_argument("--search", action="store_true", help="rank all layouts of so many GPUs for this job")
+    parser.add_argument("--top", type=positive, default=10, metavar="N", help="layouts that --search prints (10)")
+    parser.add_argument("--jobs", type=positive, metavar="N", help="processes of --search (one a core)")
+    parser.add_argument("--every-layer", action="store_true", help="trace all layers, not work them out from a few")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers")
     args, unknown = parser.parse_known_args()
     args.overrides += unknown
@@ -51,41 +58,11 @@ def cluster_of(args: argparse.Namespace) -> "ClusterConfig":
     names = [text.removeprefix("cluster=") for text in args.overrides if text.startswith("cluster=")]
     args.overrides = [text for text in args.overrides if not text.startswith("cluster=")]
     if not names and (args.gpus is None or args.memory is None):
-        raise UserError("name the GPUs: cluster=NAME of conf/cluster/, or --gpus N --memory GIB")
-    cluster = load_cluster(CONF, names[-1]) if names else ClusterConfig(reserved_gib=6.0)
+        raise UserError("name the GPUs: cluster=NAME of conf/cluster/ (h100x64, say), or --gpus N --memory GIB")
+    cluster = load_cluster(CONF, names[-1]) if names else ClusterConfig()
     cluster.gpus = args.gpus or cluster.gpus
     cluster.memory_gib = args.memory or cluster.memory_gib
     return cluster
-
-
-@dataclass(frozen=True)
-class Rank:
-    """What a rank takes: what it holds, and the step beside it; None for a model with experts."""
-
-    held: "Held"
-    step: "Peak | None"
-
-    @property
-    def total(self) -> int:
-        return self.held.total + (self.step.most if self.step else 0)
-
-
-def measure(config: "JobConfig", world_size: int, quiet: bool) -> dict[int, Rank]:
-    """Build a rank of each stage, and let it take a step."""
-    from tqdm import tqdm
-
-    from megamed.models.projector import tokens_per_frame
-    from megamed.preflight import filled_row, held_by_rank, peak_of_rank, stage_ranks
-
-    vision = config.model.vision
-    frame_tokens = tokens_per_frame(vision.image_size, vision.patch_size, config.model.projector.downsample_ratio)
-    rows = [filled_row(config, frame_tokens)] * (config.train.microbatches // config.parallel.data_size(world_size))
-    found = {}
-    for rank in tqdm(stage_ranks(config, world_size), desc="ranks", unit="rank", disable=quiet or None, leave=False):
-        has_experts = config.model.language.moe.total_experts > 0
-        step = None if has_experts else peak_of_rank(config, rank, world_size, rows)
-        found[rank] = Rank(held_by_rank(config, rank, world_size), step)
-    return found
 
 
 def gib(num_bytes: float) -> str:
@@ -93,31 +70,95 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:,.2f}"
 
 
-def report(config: "JobConfig", cluster: "ClusterConfig", ranks: dict[int, Rank]) -> str:
-    """A table of the stages."""
-    p, usable = config.parallel, cluster.memory_gib - cluster.reserved_gib
-    data = cluster.gpus // (p.tensor * p.pipeline * p.context)
+def table(head: "Sequence[str]", rows: "Iterable[Sequence[str]]") -> list[str]:
+    """Lines of a Markdown table, then an empty one."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)] + [""]
+
+
+def memory_table(found: "Assessment") -> list[str]:
+    """What the two ends of the pipeline take."""
+    from megamed.preflight import LANGUAGE, VISION_BACKWARD, VISION_FORWARD, room
+
+    usable, num_ranks = room(found.cluster), found.cluster.gpus
+    phases = VISION_FORWARD, LANGUAGE, VISION_BACKWARD
+    rows = []
+    for number, rank in found.ranks.items():
+        held = rank.held.weights, rank.held.gradients, rank.held.optimizer
+        sizes = *held, *(rank.peak.phases[phase] for phase in phases), rank.memory, usable - rank.memory
+        stage = number * found.config.parallel.pipeline // num_ranks
+        rows.append([str(number), str(stage), *map(gib, sizes)])
+    head = ["rank", "stage", "weights, GiB", "gradients", "optimizer", *phases, "most", f"left of {gib(usable)}"]
+    return table(head, rows)
+
+
+def time_table(found: "Assessment") -> list[str]:
+    """What a step's time goes to."""
+    step = found.estimate
+    parts = sorted(step.seconds.items(), key=lambda item: -item[1])
+    rows = [[name, f"{seconds:.3f}", f"{seconds / step.total:.1%}"] for name, seconds in parts if seconds]
+    return table(["of a step", "s", "share"], rows)
+
+
+def link_table(found: "Assessment") -> list[str]:
+    """What the first rank sends in a step."""
+    from megamed.preflight import Sent, transfer_seconds
+
+    rank, cluster = found.ranks[0], found.cluster
+    sums: dict[tuple[str, str], Sent] = {}
+    for work in rank.work.values():
+        for key, sent in work.transfers.items():
+            sums[key] = sums.get(key, Sent()) + sent
+    rows = []
+    for (axis, operation), sent in sums.items():
+        ranks = rank.groups[axis]
+        seconds = transfer_seconds(operation, sent, ranks, cluster)
+        link = f"{cluster.link_name(ranks)}, {cluster.link_gb_s(operation, ranks):.0f} GB/s"
+        cells = axis, operation, str(len(ranks)), link, f"{sent.calls:,.0f}", f"{sent.sent / 1e9:.3f}", f"{seconds:.3f}"
+        rows.append(cells)
+    return table(["axis", "operation", "ranks", "over", "times", "GB sent", "s"], rows)
+
+
+def report(found: "Assessment") -> str:
+    """Everything about one layout."""
+    config, cluster, step = found.config, found.cluster, found.estimate
+    p = config.parallel
+    data = p.data_size(cluster.gpus)
+    flops = sum(work.flops for work in found.ranks[0].work.values())
+    about = f" ({cluster.gpu})" if cluster.gpu else ""
     lines = [
-        f"{config.model.name}: {cluster.gpus} GPUs{f' ({cluster.gpu})' if cluster.gpu else ''} = tensor {p.tensor} x "
-        f"pipeline {p.pipeline} x context {p.context} x data {data}; expert {p.expert}; {config.train.dtype}; "
-        f"{config.train.microbatches // data} rows of {config.data.seq_length:,} tokens a replica",
+        f"{config.model.name}: {cluster.gpus} GPUs{about} = tensor {p.tensor} x pipeline {p.pipeline} x context "
+        f"{p.context} (ring {config.attention.ring} x Ulysses {config.attention.ulysses}) x data {data}; "
+        f"expert {p.expert}; {config.train.dtype}; {config.train.microbatches // data} rows of "
+        f"{config.data.seq_length:,} tokens a replica",
         "",
-        "| rank | stage | weights, GiB | gradients | optimizer | vision, forward | language | vision, backward | most "
-        f"| left of {usable:.1f} GiB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        *memory_table(found),
+        f"{cluster.memory_gib:g} GiB a GPU, of which {cluster.reserved_gib:g} are assumed to be taken.",
+        "",
+        *time_table(found),
+        *link_table(found),
+        f"A step takes {step.total:.2f} s: {step.tokens_per_second:,.0f} tokens/s, MFU {step.mfu:.1%}; "
+        f"{flops / 1e12:,.0f} TFLOP on rank 0, {step.model_flops / 1e12:,.0f} TFLOP of the model on all; the pipeline "
+        f"is idle for {step.bubble:.1%} of the language phase. Most of the time goes to: {step.limit}.",
+        f"Computed, not measured: assumed is {cluster.products:.0%} of {cluster.peak_tflops:g} TFLOP/s in matrix "
+        f"products, {cluster.attention:.0%} in attention, {cluster.bandwidth:.0%} of every bandwidth.",
     ]
-    for stage, (rank, x) in enumerate(ranks.items()):
-        phases = x.step.phases.values() if x.step else ()
-        steps = [gib(size) for size in phases] if x.step else ["not counted"] * 3
-        cells = [gib(x.held.weights), gib(x.held.gradients), gib(x.held.optimizer), *steps, gib(x.total)]
-        lines.append(f"| {rank} | {stage} | {' | '.join(cells)} | {gib(usable * 2**30 - x.total)} |")
-    lines += ["", f"{cluster.memory_gib:g} GiB a GPU, of which {cluster.reserved_gib:g} are assumed to be taken."]
     return "\n".join(lines)
 
 
-def fits(ranks: dict[int, Rank], cluster: "ClusterConfig") -> bool:
-    """Whether the fullest rank has room."""
-    return max(x.total for x in ranks.values()) <= (cluster.memory_gib - cluster.reserved_gib) * 2**30
+def search_report(found: "Sequence[Assessment]", top: int) -> str:
+    """The best layouts."""
+    rows = []
+    for x in found[:top]:
+        step, p = x.estimate, x.config.parallel
+        layout = (
+            f"{p.tensor} x {p.pipeline}{f' ({p.virtual_pipeline} chunks)' if p.virtual_pipeline > 1 else ''} x "
+            f"{p.context} x {p.data_size(x.cluster.gpus)}"
+        )
+        memory = gib(x.fullest[1].memory) + ("" if x.fits else ", **too much**")
+        cells = f"{step.total:.2f}", f"{step.tokens_per_second:,.0f}", f"{step.mfu:.1%}", f"{step.bubble:.1%}"
+        rows.append([layout, f"{p.expert} x {p.expert_tensor}", memory, *cells, step.limit])
+    head = ["tensor x pipeline x context x data", "expert x its tensor", "GiB", "s a step", "tokens/s", "MFU"]
+    return "\n".join(table([*head, "pipeline idle", "most time goes to"], rows))
 
 
 def changes(config: "JobConfig") -> list[str]:
@@ -154,39 +195,101 @@ def look_for_mend(overrides: list[str], cluster: "ClusterConfig", config: "JobCo
     """The first change with which it fits; each is added to those before that split nothing."""
     from tqdm import tqdm
 
+    from megamed.preflight import assess
+
     kept: list[str] = []
     for change in tqdm(changes(config), desc="changes", unit="change", disable=None, leave=False):
         tried = [*kept, change]
         try:
-            changed = settings([*overrides, *tried], cluster.gpus)
+            found = assess(settings([*overrides, *tried], cluster.gpus), cluster)
         except UserError:
             continue  # the layout does not allow it
-        if fits(measure(changed, cluster.gpus, quiet=True), cluster):
+        if found.fits:
             return " ".join(tried)
         if not change.startswith("parallel."):
             kept = tried
     return None
 
 
+def find_best(config: "JobConfig", cluster: "ClusterConfig", args: argparse.Namespace) -> int:
+    """Rank layouts; 1 if none fits."""
+    from tqdm import tqdm
+
+    from megamed.preflight import layouts, ranked, search
+
+    total = sum(map(len, layouts(config, cluster)))
+    with tqdm(total=total, desc="layouts", unit="layout", disable=None, leave=False) as bar:
+        found = ranked(list(search(config, cluster, args.jobs, bar.update)))
+    if not found:
+        raise UserError(f"no layout of {cluster.gpus} GPUs goes with this job; choose another number of GPUs")
+    fitting = sum(x.fits for x in found)
+    print(f"{total} layouts of {cluster.gpus} GPUs, {fitting} fit; computed, not measured.\n")
+    print(search_report(found, args.top))
+    if args.json:
+        write_json(args.json, cluster, found)
+    if fitting:
+        print(f"The fastest: {found[0].name}")
+        return 0
+    print(f"none fits: the smallest takes {gib(found[0].fullest[1].memory)} GiB; take more or larger GPUs")
+    return 1
+
+
+def write_json(path: Path, cluster: "ClusterConfig", found: "Sequence[Assessment]") -> None:
+    """All numbers, for programs."""
+
+    def numbers(x: "Assessment") -> dict[str, Any]:
+        ranks = {}
+        for number, rank in x.ranks.items():
+            work = {
+                phase: {
+                    "computed": {kind: asdict(amount) for kind, amount in of_phase.computed.items()},
+                    "sent": [
+                        {"axis": axis, "operation": operation, "ranks": len(rank.groups[axis]), **asdict(sent)}
+                        for (axis, operation), sent in of_phase.transfers.items()
+                    ],
+                }
+                for phase, of_phase in rank.work.items()
+            }
+            ranks[number] = {"held": asdict(rank.held), "peak": asdict(rank.peak), "work": work}
+        step = x.estimate
+        return {
+            "layout": asdict(x.config.parallel), "fits": x.fits, "seconds": step.seconds, "mfu": step.mfu,
+            "tokens_per_second": step.tokens_per_second, "ranks": ranks,
+        }  # fmt: skip
+
+    content = {"cluster": asdict(cluster), "layouts": [numbers(x) for x in found]}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
 def run(args: argparse.Namespace) -> int:
     """Build the ranks; 1 if they cannot fit."""
+    import warnings
+
+    from tqdm import tqdm
+
+    from megamed.preflight import assess
     from megamed.utils import log
 
     log.setup(0, level="WARNING")
+    warnings.simplefilter("ignore")  # of torch and Megatron, about what is no concern of a job that does not run
     cluster = cluster_of(args)
     config = settings(args.overrides, cluster.gpus)
-    ranks = measure(config, cluster.gpus, quiet=False)
-    print(report(config, cluster, ranks))
+    if args.search:
+        return find_best(config, cluster, args)
+    found = assess(
+        config, cluster, args.every_layer,
+        lambda ranks: tqdm(ranks, desc="ranks", unit="rank", disable=None, leave=False),
+    )  # fmt: skip
+    print(report(found))
     if args.json:
-        values = {"cluster": asdict(cluster), "ranks": {rank: asdict(x) for rank, x in ranks.items()}}
-        args.json.write_text(json.dumps(values, indent=1) + "\n")
-    if fits(ranks, cluster):
-        print("It fits." if ranks[0].step else "What is held fits; what a step takes is not counted for experts yet.")
+        write_json(args.json, cluster, [found])
+    if found.fits:
+        print("It fits.")
         return 0
-    rank, most = max(ranks.items(), key=lambda item: item[1].total)
+    number, rank = found.fullest
     mend = look_for_mend(args.overrides, cluster, config)
     help_ = f"it fits with {mend}" if mend else "none of the changes that were tried helps: take more or larger GPUs"
-    print(f"does not fit: rank {rank} takes {gib(most.total)} GiB; {help_}")
+    print(f"does not fit: rank {number} takes {gib(rank.memory)} GiB; {help_}")
     return 1
 
 

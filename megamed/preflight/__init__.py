@@ -1,18 +1,40 @@
 """What a job takes, before it is started: any rank of any world size, built without memory on one machine."""
 
 import megamed.runtime  # noqa: F401  makes Megatron importable, before the modules below import it
-from megamed.preflight.activations import Peak, filled_row, peak_of_rank
 from megamed.preflight.cluster import ClusterConfig, load_cluster
-from megamed.preflight.held import Held, held_by, held_by_rank, stage_ranks
+from megamed.preflight.estimate import estimate_rank
+from megamed.preflight.held import Held, built_rank, held_by
+from megamed.preflight.job import Assessment, assess, room
+from megamed.preflight.roofline import Estimate, estimate, transfer_seconds
+from megamed.preflight.search import layouts, ranked, search
+from megamed.preflight.step import LANGUAGE, VISION_BACKWARD, VISION_FORWARD, Rank, filled_row, trace_rank, trace_step
+from megamed.preflight.trace import Peak
+from megamed.preflight.work import Sent, Work
 
 __all__ = [
+    "LANGUAGE",
+    "VISION_BACKWARD",
+    "VISION_FORWARD",
+    "Assessment",
     "ClusterConfig",
+    "Estimate",
     "Held",
     "Peak",
+    "Rank",
+    "Sent",
+    "Work",
+    "assess",
+    "built_rank",
+    "estimate",
+    "estimate_rank",
     "filled_row",
     "held_by",
-    "held_by_rank",
+    "layouts",
     "load_cluster",
-    "peak_of_rank",
-    "stage_ranks",
+    "ranked",
+    "room",
+    "search",
+    "trace_rank",
+    "trace_step",
+    "transfer_seconds",
 ]

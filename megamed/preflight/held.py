@@ -7,6 +7,7 @@ optimizer's copy of them is the weights themselves.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megamed.optim import build_optimizer
 from megamed.parallel import PlacedModel, place
-from megamed.runtime import build_mesh, destroy_mesh, meta_device, seed_everything
+from megamed.runtime import Mesh, build_mesh, destroy_mesh, meta_device, seed_everything
 from megamed.train import JobConfig
 
 
@@ -53,31 +54,38 @@ def held_by(model: PlacedModel, optimizer: ChainedOptimizer) -> Held:
     return Held(weights, gradients, _bytes(seen, _state(optimizer)))
 
 
-def held_by_rank(config: JobConfig, rank: int, world_size: int) -> Held:
-    """What one rank of a job holds. This process must not be in a process group, and use no GPU.
+@dataclass(frozen=True)
+class BuiltRank:
+    """A rank of a job, on the meta device."""
+
+    mesh: Mesh
+    model: PlacedModel
+    optimizer: ChainedOptimizer
+
+
+@contextmanager
+def built_rank(config: JobConfig, rank: int, world_size: int) -> Iterator[BuiltRank]:
+    """Build one rank of a job as training builds it; inside, everything is made on the meta device.
+
+    This process must not be in a process group, and use no GPU.
 
     Args:
         config: the job, validated for this world size.
         rank: which.
         world_size: of the job.
     """
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    dist.init_process_group("cpu:fake,meta:fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         mesh = build_mesh(config.parallel, config.ulysses, config.document_multiple)
         seed_everything(0, mesh.data_rank)  # Megatron's layers want random states, which nothing draws from
-        dtype, is_distributed = config.train.torch_dtype, config.optim.distributed
+        dtype = config.train.torch_dtype
         with meta_device():
-            model = place(config.model, config.attention, mesh, dtype, None, is_distributed)
+            model = place(config.model, config.attention, mesh, dtype, None, config.optim.distributed)
             parts = [(model.language, mesh.language), ([model.vision], mesh.vision)]
-            return held_by(model, build_optimizer(config.optim, parts, dtype))
+            yield BuiltRank(mesh, model, build_optimizer(config.optim, parts, dtype))
     finally:
         destroy_mesh()
         dist.destroy_process_group()
-
-
-def stage_ranks(config: JobConfig, world_size: int) -> list[int]:
-    """A rank of each pipeline stage; the others of a stage hold as much, to the padding of their shards."""
-    return [stage * (world_size // config.parallel.pipeline) for stage in range(config.parallel.pipeline)]
 
 
 def _weights(model: PlacedModel) -> Iterator[Tensor]:

@@ -1,0 +1,109 @@
+"""Which layout is the best for a job: all that it accepts are assessed, and ranked."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from copy import deepcopy
+from dataclasses import replace
+from itertools import product
+from multiprocessing import get_context
+
+from megamed.preflight.cluster import ClusterConfig
+from megamed.preflight.job import Assessment, assess, room
+from megamed.runtime import ParallelConfig
+from megamed.train import JobConfig
+from megamed.utils import UserError
+
+
+def layouts(config: JobConfig, cluster: ClusterConfig) -> list[list[ParallelConfig]]:
+    """Layouts that a job accepts: tensor parallelism within a node, and all of the rest.
+
+    Args:
+        config: the job.
+        cluster: the GPUs.
+
+    Returns:
+        Those that hold the same weights together, the fewest context ranks first.
+    """
+    moe, gpus = config.model.language.moe, cluster.gpus
+    groups = []
+    tensors = [n for n in _divisors(gpus) if n <= cluster.gpus_per_node and cluster.gpus_per_node % n == 0]
+    for tensor, pipeline in product(tensors, _divisors(gpus)):
+        shared = sorted({1, tensor}) if moe.total_experts else [1]
+        for virtual, expert, expert_tensor in product((1, 2), _divisors(max(moe.total_experts, 1)), shared):
+            group = [
+                replace(
+                    config.parallel, tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context,
+                    expert=expert, expert_tensor=expert_tensor, data=None, sequence=tensor > 1,
+                )
+                for context in _divisors(gpus)
+            ]  # fmt: skip
+            groups.append([parallel for parallel in group if _is_valid(config, parallel, gpus)])
+    return [group for group in groups if group]
+
+
+def with_layout(config: JobConfig, parallel: ParallelConfig) -> JobConfig:
+    """A job, laid out in another way. The split of the context ranks is chosen anew."""
+    changed = deepcopy(config)
+    changed.parallel = parallel
+    changed.attention.ring = changed.attention.ulysses = None
+    return changed
+
+
+def search(
+    config: JobConfig,
+    cluster: ClusterConfig,
+    processes: int | None = None,
+    done: Callable[[int], object] = lambda number: None,
+) -> Iterator[Assessment]:
+    """Assess all layouts, in processes of their own.
+
+    A layout whose weights and gradients alone do not fit spares those with more context ranks, which hold as much.
+
+    Args:
+        config: the job.
+        cluster: the GPUs.
+        processes: how many; None for as many as there are cores.
+        done: told how many layouts were dealt with, as it goes on.
+
+    Yields:
+        What was found of each, in no order.
+    """
+    groups = layouts(config, cluster)
+    count = min(processes or os.cpu_count() or 1, len(groups))
+    # Spawned, since torch's threads do not live through a fork.
+    with ProcessPoolExecutor(max(count, 1), mp_context=get_context("spawn")) as pool:
+        tasks = {pool.submit(_assess_group, config, cluster, group): len(group) for group in groups}
+        for task in as_completed(tasks):
+            done(tasks[task])
+            yield from task.result()
+
+
+def ranked(found: Sequence[Assessment]) -> list[Assessment]:
+    """Those that fit, the fastest first; then the others, the smallest first."""
+    return sorted(found, key=lambda x: (0, x.estimate.total) if x.fits else (1, float(x.fullest[1].memory)))
+
+
+def _assess_group(config: JobConfig, cluster: ClusterConfig, group: Sequence[ParallelConfig]) -> list[Assessment]:
+    found = []
+    for parallel in group:
+        try:
+            found.append(assess(with_layout(config, parallel), cluster))
+        except UserError:
+            continue  # the split of the sequence does not go with this row
+        held = [rank.held for rank in found[-1].ranks.values()]
+        if max(x.weights + x.gradients for x in held) > room(cluster):
+            break
+    return found
+
+
+def _is_valid(config: JobConfig, parallel: ParallelConfig, gpus: int) -> bool:
+    try:
+        with_layout(config, parallel).validate(gpus)
+    except UserError:
+        return False
+    return True
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
