@@ -31,9 +31,8 @@ def parse() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    from megamed import checkpoint, data, eval, runtime, train
+    from megamed import checkpoint, data, eval, preflight, runtime, train
     from megamed.config import compose, load, to_yaml
-    from megamed.models.projector import tokens_per_frame
     from megamed.train import run
     from megamed.utils import log
 
@@ -48,8 +47,8 @@ def main(args: argparse.Namespace) -> None:
     config.validate(runtime.world_size())
     tokenizer = data.load_tokenizer(config.data.tokenizer)
     run.check_vocabulary(config, tokenizer)
-    size = config.model.vision.image_size
-    num_tokens = tokens_per_frame(size, config.model.vision.patch_size, config.model.projector.downsample_ratio)
+    preflight.check_before_start(config, args.config, args.overrides)
+    size, num_tokens = config.model.vision.image_size, config.model.tokens_per_frame
     specialties = config.model.language.moe.specialties
     source = data.build_source(config.data, tokenizer, size, num_tokens, config.document_multiple, specialties)
     run.say_start()
@@ -76,6 +75,7 @@ def main(args: argparse.Namespace) -> None:
         callbacks: list[train.Callback] = [
             train.Metrics(folder / "metrics.jsonl", measure),
             train.RoutingLog(folder / "routing.jsonl", config),
+            train.Stragglers(folder / "stragglers.jsonl", config, job.phase),
             train.Wandb(config.wandb, folder, config.run.name, facts, measure),
             train.Checkpoints(manager, source, config.checkpoint.every_steps, config.train.steps),
         ]

@@ -39,7 +39,9 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for launch/pretrain.py; cluster=NAME")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a run's config.yaml, in the place of conf/")
     parser.add_argument("--gpus", type=positive, help="instead of the cluster's number")
+    parser.add_argument("--gpus-per-node", type=positive, help="instead of the cluster's number")
     parser.add_argument("--memory", type=float, metavar="GIB", help="instead of the cluster's memory of a GPU")
     parser.add_argument("--search", action="store_true", help="rank all layouts of so many GPUs for this job")
     parser.add_argument("--top", type=positive, default=10, metavar="N", help="layouts that --search prints (10)")
@@ -61,6 +63,7 @@ def cluster_of(args: argparse.Namespace) -> "ClusterConfig":
         raise UserError("name the GPUs: cluster=NAME of conf/cluster/ (h100x64, say), or --gpus N --memory GIB")
     cluster = load_cluster(CONF, names[-1]) if names else ClusterConfig()
     cluster.gpus = args.gpus or cluster.gpus
+    cluster.gpus_per_node = args.gpus_per_node or cluster.gpus_per_node
     cluster.memory_gib = args.memory or cluster.memory_gib
     return cluster
 
@@ -145,10 +148,10 @@ def report(found: "Assessment") -> str:
     return "\n".join(lines)
 
 
-def search_report(found: "Sequence[Assessment]", top: int) -> str:
+def search_report(found: "Sequence[Assessment]") -> str:
     """The best layouts."""
     rows = []
-    for x in found[:top]:
+    for x in found:
         step, p = x.estimate, x.config.parallel
         layout = (
             f"{p.tensor} x {p.pipeline}{f' ({p.virtual_pipeline} chunks)' if p.virtual_pipeline > 1 else ''} x "
@@ -176,13 +179,14 @@ def changes(config: "JobConfig") -> list[str]:
     return found
 
 
-def settings(overrides: list[str], world_size: int) -> "JobConfig":
+def settings(overrides: list[str], world_size: int, file: Path | None = None) -> "JobConfig":
     """The job, checked."""
     from megamed.config import compose, load
     from megamed.train import JobConfig
     from megamed.train.run import adopt_hf, check_values
 
-    config = load(JobConfig, compose(CONF, "pretrain", overrides))
+    values = file or CONF / "pretrain.yaml"
+    config = load(JobConfig, compose(values.parent, values.stem, overrides))
     if config.train.dtype == "auto":
         config.train.dtype = "bf16"  # which it is on a GPU, whatever this machine has
     adopt_hf(config)
@@ -191,7 +195,7 @@ def settings(overrides: list[str], world_size: int) -> "JobConfig":
     return config
 
 
-def look_for_mend(overrides: list[str], cluster: "ClusterConfig", config: "JobConfig") -> str | None:
+def look_for_mend(args: argparse.Namespace, cluster: "ClusterConfig", config: "JobConfig") -> str | None:
     """The first change with which it fits; each is added to those before that split nothing."""
     from tqdm import tqdm
 
@@ -201,7 +205,7 @@ def look_for_mend(overrides: list[str], cluster: "ClusterConfig", config: "JobCo
     for change in tqdm(changes(config), desc="changes", unit="change", disable=None, leave=False):
         tried = [*kept, change]
         try:
-            found = assess(settings([*overrides, *tried], cluster.gpus), cluster)
+            found = assess(settings([*args.overrides, *tried], cluster.gpus, args.config), cluster)
         except UserError:
             continue  # the layout does not allow it
         if found.fits:
@@ -215,19 +219,18 @@ def find_best(config: "JobConfig", cluster: "ClusterConfig", args: argparse.Name
     """Rank layouts; 1 if none fits."""
     from tqdm import tqdm
 
-    from megamed.preflight import layouts, ranked, search
+    from megamed.preflight import layouts, search
 
     total = sum(map(len, layouts(config, cluster)))
-    with tqdm(total=total, desc="layouts", unit="layout", disable=None, leave=False) as bar:
-        found = ranked(list(search(config, cluster, args.jobs, bar.update)))
+    with tqdm(total=total + min(args.top, total), desc="layouts", unit="layout", disable=None, leave=False) as bar:
+        found = search(config, cluster, args.top, args.jobs, bar.update)
     if not found:
         raise UserError(f"no layout of {cluster.gpus} GPUs goes with this job; choose another number of GPUs")
-    fitting = sum(x.fits for x in found)
-    print(f"{total} layouts of {cluster.gpus} GPUs, {fitting} fit; computed, not measured.\n")
-    print(search_report(found, args.top))
+    print(f"{total} layouts of {cluster.gpus} GPUs, the best {len(found)}; computed, not measured.\n")
+    print(search_report(found))
     if args.json:
         write_json(args.json, cluster, found)
-    if fitting:
+    if found[0].fits:
         print(f"The fastest: {found[0].name}")
         return 0
     print(f"none fits: the smallest takes {gib(found[0].fullest[1].memory)} GiB; take more or larger GPUs")
@@ -273,12 +276,12 @@ def run(args: argparse.Namespace) -> int:
     log.setup(0, level="WARNING")
     warnings.simplefilter("ignore")  # of torch and Megatron, about what is no concern of a job that does not run
     cluster = cluster_of(args)
-    config = settings(args.overrides, cluster.gpus)
+    config = settings(args.overrides, cluster.gpus, args.config)
     if args.search:
         return find_best(config, cluster, args)
     found = assess(
         config, cluster, args.every_layer,
-        lambda ranks: tqdm(ranks, desc="ranks", unit="rank", disable=None, leave=False),
+        progress=lambda ranks: tqdm(ranks, desc="ranks", unit="rank", disable=None, leave=False),
     )  # fmt: skip
     print(report(found))
     if args.json:
@@ -287,7 +290,7 @@ def run(args: argparse.Namespace) -> int:
         print("It fits.")
         return 0
     number, rank = found.fullest
-    mend = look_for_mend(args.overrides, cluster, config)
+    mend = look_for_mend(args, cluster, config)
     help_ = f"it fits with {mend}" if mend else "none of the changes that were tried helps: take more or larger GPUs"
     print(f"does not fit: rank {number} takes {gib(rank.memory)} GiB; {help_}")
     return 1

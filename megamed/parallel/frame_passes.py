@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megamed.data import Frame
-from megamed.runtime import current_device
+from megamed.runtime import Stopwatch, current_device
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class FramePasses:
         self.dtype = dtype
         self.frames_per_pass = min(frames_per_pass, frames_per_pass if frames_in_flight is None else frames_in_flight)
         self.frames_in_flight = frames_in_flight
+        self.encoding = Stopwatch()
+        """Time of `forward`'s passes."""
         self._passes: list[_Pass] = []
 
     def split(self, frames: Sequence[Frame]) -> list[list[Frame]]:
@@ -92,7 +94,8 @@ class FramePasses:
             region = slice(start * self.tokens_per_frame, stop * self.tokens_per_frame)
             pixels_NCHW = load(portion).to(current_device(), non_blocking=True).to(self.dtype)
             with_graph = keep_graph and (self.frames_in_flight is None or stop <= self.frames_in_flight)
-            encoded_RD = self._encode(pixels_NCHW, with_graph)
+            with self.encoding.running():
+                encoded_RD = self._encode(pixels_NCHW, with_graph)
             rows_RD[region] = encoded_RD.detach()
             if keep_graph:  # of a graph the end alone: the rows themselves are where the caller wants them
                 kept = get_gradient_edge(encoded_RD) if with_graph else _on_host(pixels_NCHW)

@@ -1,12 +1,13 @@
 """What a job takes, before it is started: any rank of any world size, built without memory on one machine."""
 
 import megamed.runtime  # noqa: F401  makes Megatron importable, before the modules below import it
+from megamed.preflight.before import check_before_start
 from megamed.preflight.cluster import ClusterConfig, load_cluster
 from megamed.preflight.estimate import estimate_rank
 from megamed.preflight.held import Held, built_rank, held_by
 from megamed.preflight.job import Assessment, assess, room
 from megamed.preflight.roofline import Estimate, estimate, transfer_seconds
-from megamed.preflight.search import layouts, ranked, search
+from megamed.preflight.search import layouts, search
 from megamed.preflight.step import LANGUAGE, VISION_BACKWARD, VISION_FORWARD, Rank, filled_row, trace_rank, trace_step
 from megamed.preflight.trace import Peak
 from megamed.preflight.work import Sent, Work
@@ -25,13 +26,13 @@ __all__ = [
     "Work",
     "assess",
     "built_rank",
+    "check_before_start",
     "estimate",
     "estimate_rank",
     "filled_row",
     "held_by",
     "layouts",
     "load_cluster",
-    "ranked",
     "room",
     "search",
     "trace_rank",

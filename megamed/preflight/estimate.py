@@ -17,33 +17,38 @@ from megamed.preflight.trace import Peak
 from megamed.preflight.work import Work
 from megamed.train import JobConfig
 
-# Layers of each part that are built: of one alone, the moment of most memory may be another than of many.
-_FEW = 2
 
+def estimate_rank(
+    config: JobConfig, rank: int, world_size: int, microbatches: Sequence[Microbatch], few: int = 2
+) -> Rank:
+    """What `trace_rank` would say, in a fraction of its time.
 
-def estimate_rank(config: JobConfig, rank: int, world_size: int, microbatches: Sequence[Microbatch]) -> Rank:
-    """What `trace_rank` would say, in a fraction of its time. The same arguments."""
+    Args:
+        config, rank, world_size, microbatches: the same.
+        few: layers of each part that are built at the least. Of one alone, the moment of most memory is more likely
+            to be another than that of many.
+    """
     parallel = config.parallel
     chunks = parallel.pipeline * parallel.virtual_pipeline
     deep, tall = config.model.language.num_layers // chunks, config.model.vision.num_layers_run
-    if config.model.language.moe.first_dense_layers or (deep <= _FEW + 1 and tall <= _FEW + 1):
+    if config.model.language.moe.first_dense_layers or (deep <= few + 1 and tall <= few + 1):
         return trace_rank(config, rank, world_size, microbatches)
     # 1F1B has as many in flight as there are stages; interleaved chunks up to half as many more, and a multiple of it.
     in_flight = parallel.pipeline if parallel.virtual_pipeline == 1 else 2 * parallel.pipeline
     num_language = min(max(in_flight, 2), len(microbatches))
 
     def trace(more_language: int, more_vision: int) -> Rank:
-        few = deepcopy(config)
-        few.model.language.num_layers = chunks * (min(_FEW, deep) + more_language)
-        few.model.vision.num_layers = min(_FEW, tall) + more_vision
-        few.model.vision.output_layer = -1
-        found = trace_rank(few, rank, world_size, microbatches, num_language)
+        small = deepcopy(config)
+        small.model.language.num_layers = chunks * (min(few, deep) + more_language)
+        small.model.vision.num_layers = min(few, tall) + more_vision
+        small.model.vision.output_layer = -1
+        found = trace_rank(small, rank, world_size, microbatches, num_language)
         found.work[LANGUAGE] = found.work[LANGUAGE] * (len(microbatches) / num_language)
         return found
 
     base = trace(0, 0)
     found = base
-    for missing, more in ((deep - _FEW, (1, 0)), (tall - _FEW, (0, 1))):
+    for missing, more in ((deep - few, (1, 0)), (tall - few, (0, 1))):
         if missing > 0:
             found = _grown(found, base, trace(*more), missing)
     return found

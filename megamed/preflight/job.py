@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
-from megamed.models.projector import tokens_per_frame
 from megamed.preflight.cluster import ClusterConfig
 from megamed.preflight.estimate import estimate_rank
 from megamed.preflight.roofline import Estimate, estimate, rows_of_replica
@@ -64,6 +64,7 @@ def assess(
     config: JobConfig,
     cluster: ClusterConfig,
     every_layer: bool = False,
+    quick: bool = False,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Assessment:
     """Build the ranks of a job, and run a step of each.
@@ -72,6 +73,7 @@ def assess(
         config: the job, validated for the cluster's GPUs.
         cluster: the GPUs.
         every_layer: trace all layers; by default, all are worked out from a few.
+        quick: look at the first rank alone, and less closely: within some percent.
         progress: is given the ranks, and gives them back.
 
     Raises:
@@ -79,13 +81,10 @@ def assess(
     """
     gpus = cluster.gpus
     config = as_on(config, cluster)
-    vision = config.model.vision
-    row = filled_row(
-        config, tokens_per_frame(vision.image_size, vision.patch_size, config.model.projector.downsample_ratio)
-    )
+    row = filled_row(config)
     rows = [row] * rows_of_replica(config, gpus)
     num_stages = config.parallel.pipeline
-    ends = sorted({0, (num_stages - 1) * (gpus // num_stages)})
-    trace = trace_rank if every_layer else estimate_rank
+    ends = [0] if quick else sorted({0, (num_stages - 1) * (gpus // num_stages)})
+    trace = trace_rank if every_layer else partial(estimate_rank, few=1) if quick else estimate_rank
     ranks = {rank: trace(config, rank, gpus, rows) for rank in progress(ends)}
     return Assessment(config, cluster, ranks, estimate(config, list(ranks.values()), row, cluster))

@@ -87,9 +87,7 @@ def transfer_seconds(operation: str, sent: Sent, ranks: list[int], cluster: Clus
     return sent.sent / (cluster.link_gb_s(operation, ranks) * 1e9) + sent.calls * hops * cluster.latency_us * 1e-6
 
 
-def phase_seconds(
-    phase: str, work: Work, groups: Mapping[str, list[int]], cluster: ClusterConfig
-) -> dict[str, float]:
+def phase_seconds(phase: str, work: Work, groups: Mapping[str, list[int]], cluster: ClusterConfig) -> dict[str, float]:
     """Seconds of a phase on one rank, by what they go to; the ring's are those that attention does not hide.
 
     Args:
@@ -123,9 +121,7 @@ def estimate(config: JobConfig, ranks: Iterable[Rank], row: Microbatch, cluster:
         cluster: the GPUs.
     """
     found: dict[str, float] = {}
-    share = (config.parallel.pipeline - 1) / (
-        config.parallel.virtual_pipeline * rows_of_replica(config, cluster.gpus)
-    )
+    share = (config.parallel.pipeline - 1) / (config.parallel.virtual_pipeline * rows_of_replica(config, cluster.gpus))
     for phase in PHASES:
         slowest = max(
             (phase_seconds(phase, rank.work[phase], rank.groups, cluster) for rank in ranks),

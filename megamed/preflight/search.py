@@ -1,12 +1,13 @@
 """Which layout is the best for a job: all that it accepts are assessed, and ranked."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from copy import deepcopy
 from dataclasses import replace
-from itertools import product
-from multiprocessing import get_context
+from itertools import product, repeat
+from multiprocessing import get_context, parent_process
 
 from megamed.preflight.cluster import ClusterConfig
 from megamed.preflight.job import Assessment, assess, room
@@ -53,30 +54,41 @@ def with_layout(config: JobConfig, parallel: ParallelConfig) -> JobConfig:
 def search(
     config: JobConfig,
     cluster: ClusterConfig,
+    top: int,
     processes: int | None = None,
     done: Callable[[int], object] = lambda number: None,
-) -> Iterator[Assessment]:
-    """Assess all layouts, in processes of their own.
+) -> list[Assessment]:
+    """Assess all layouts quickly and the best of them in full, in processes of their own.
 
-    A layout whose weights and gradients alone do not fit spares those with more context ranks, which hold as much.
+    More context ranks hold the same weights and gradients, so where those alone do not fit, none are tried; nor are any
+    after a layout that fits and is slower than one with fewer of them that fits.
 
     Args:
         config: the job.
         cluster: the GPUs.
+        top: layouts to assess in full.
         processes: how many; None for as many as there are cores.
-        done: told how many layouts were dealt with, as it goes on.
+        done: told how many layouts were dealt with, as it goes on: all, and `top` once more.
 
-    Yields:
-        What was found of each, in no order.
+    Returns:
+        Those, as `ranked`; fewer where the job accepts fewer.
     """
     groups = layouts(config, cluster)
-    count = min(processes or os.cpu_count() or 1, len(groups))
     # Spawned, since torch's threads do not live through a fork.
-    with ProcessPoolExecutor(max(count, 1), mp_context=get_context("spawn")) as pool:
-        tasks = {pool.submit(_assess_group, config, cluster, group): len(group) for group in groups}
+    with ProcessPoolExecutor(processes or os.cpu_count() or 1, mp_context=get_context("spawn")) as pool:
+        tasks: dict[Future[list[Assessment]], int] = {}
+        for group in groups:
+            tasks[pool.submit(_assess_group, config, cluster, group)] = len(group)
+        found: list[Assessment] = []
         for task in as_completed(tasks):
+            found += task.result()
             done(tasks[task])
-            yield from task.result()
+        best = [x.config.parallel for x in ranked(found)[:top]]
+        in_full = []
+        for result in pool.map(_assess_layout, repeat(config), repeat(cluster), best):
+            in_full.append(result)
+            done(1)
+        return ranked(in_full)
 
 
 def ranked(found: Sequence[Assessment]) -> list[Assessment]:
@@ -85,16 +97,29 @@ def ranked(found: Sequence[Assessment]) -> list[Assessment]:
 
 
 def _assess_group(config: JobConfig, cluster: ClusterConfig, group: Sequence[ParallelConfig]) -> list[Assessment]:
-    found = []
+    found: list[Assessment] = []
     for parallel in group:
+        parent = parent_process()
+        if parent is not None and not parent.is_alive():
+            break  # nobody waits for this
         try:
-            found.append(assess(with_layout(config, parallel), cluster))
+            found.append(_assess_layout(config, cluster, parallel, quick=True))
         except UserError:
             continue  # the split of the sequence does not go with this row
         held = [rank.held for rank in found[-1].ranks.values()]
         if max(x.weights + x.gradients for x in held) > room(cluster):
             break
+        fitting = [x.estimate.total for x in found if x.fits]
+        if found[-1].fits and fitting[-1] > min(fitting):
+            break
     return found
+
+
+def _assess_layout(
+    config: JobConfig, cluster: ClusterConfig, parallel: ParallelConfig, quick: bool = False
+) -> Assessment:
+    warnings.simplefilter("ignore")  # of torch and Megatron, about what is no concern of a job that does not run
+    return assess(with_layout(config, parallel), cluster, quick=quick)
 
 
 def _is_valid(config: JobConfig, parallel: ParallelConfig, gpus: int) -> bool:

@@ -87,4 +87,3 @@ def _spreads(x: Tensor, over: Tensor) -> bool:
         return False
     pairs = zip(reversed(x.shape), reversed(over.shape), strict=False)
     return x.dim() <= over.dim() and all(mine in (1, other) for mine, other in pairs)
-

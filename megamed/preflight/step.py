@@ -191,14 +191,13 @@ def trace_step(
 _TEXT = 16
 
 
-def filled_row(config: JobConfig, frame_tokens: int) -> Microbatch:
+def filled_row(config: JobConfig) -> Microbatch:
     """A row of one document without padding: as many whole frames as there is room for, then text with labels.
 
     Args:
         config: the job, for the length of its rows.
-        frame_tokens: visual tokens of a frame.
     """
-    length = config.data.seq_length
+    length, frame_tokens = config.data.seq_length, config.model.tokens_per_frame
     num_frames = max(length - _TEXT, 0) // frame_tokens
     visual = torch.arange(num_frames * frame_tokens)
     kinds = torch.zeros(length, dtype=torch.uint8)

@@ -18,10 +18,12 @@ from megamed.runtime.device import (  # noqa: E402
 from megamed.runtime.mesh import Mesh, build_mesh, destroy_mesh  # noqa: E402
 from megamed.runtime.process import global_rank, ranks_per_node, run, start, stop, world_size  # noqa: E402
 from megamed.runtime.seeds import rng_state, seed_everything, set_rng_state  # noqa: E402
+from megamed.runtime.stopwatch import Stopwatch  # noqa: E402
 
 __all__ = [
     "Mesh",
     "ParallelConfig",
+    "Stopwatch",
     "build_mesh",
     "current_device",
     "default_dtype",

@@ -8,6 +8,7 @@ from megamed.train.loop import Callback, StepEvent, fit
 from megamed.train.meter import matmul_peak
 from megamed.train.routing_log import RoutingLog
 from megamed.train.step import Stepper, StepReport
+from megamed.train.stragglers import Stragglers
 from megamed.train.watch import fit_watched
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "StepReport",
     "Stepper",
     "Stopped",
+    "Stragglers",
     "Wandb",
     "build_job",
     "fit",

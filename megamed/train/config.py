@@ -49,6 +49,8 @@ class TrainConfig:
     """Weight of the loss on text beside the answers (questions, context), whose own weight is 1."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of weights and activations; auto is bf16 on a GPU and fp32 on a CPU."""
+    straggler_steps: int = 50
+    """Compare ranks after so many steps, and name those that are slow (docs/faults.md); 0 never does."""
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     """Gradients that are not finite, and spikes."""
 
@@ -77,6 +79,8 @@ class RunConfig:
     name: str = "run"
     dir: str = "runs"
     """Folder of all runs; this one is in `dir/name`."""
+    preflight: Literal["auto", "yes", "no"] = "auto"
+    """Before a new run allocates anything, see whether it will fit (docs/preflight.md): auto does on GPUs."""
     hang_minutes: float = 30.0
     """End a rank that takes longer than this from one step to the next, so that torchrun starts the job again; 0
     never does. What each of its threads did then is kept in the run's folder."""

@@ -61,7 +61,7 @@ def test_a_step_of_a_pipeline() -> None:
         work[OPTIMIZER] = Work({OTHERS: Amount(0, 0.5e9)})
         return Rank(Held(0, 0, 0), Peak({"": 0}), work, {"gradients": [0, 1]})
 
-    row = filled_row(config, frame_tokens=4)
+    row = filled_row(config)
     found = estimate(config, [rank(6, 1), rank(8, 0.5)], row, CLUSTER)
     # The last stage is the slowest in language, the first in vision. 6 microbatches, 4 stages.
     expected = {ENCODER: 2, PRODUCTS: 8, BUBBLE: 8 * 3 / 6, SYNCHRONISATION: 0.3, "optimizer": 0.5}

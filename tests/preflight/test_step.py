@@ -96,7 +96,7 @@ def test_flops_are_those_of_the_formulas() -> None:
     config = job("one process, recompute", vocab_size=256)  # rows of padding are multiplied, too, and no model FLOPs
     config.model.language.recompute = config.model.vision.recompute = False
     model, vision = config.model, config.model.vision
-    row = filled_row(config, frame_tokens=4)
+    row = filled_row(config)
     work = trace_rank(config, 0, 1, [row, row]).work
     frames = vision_flops(vision, len(row.frames)) + projector_flops(
         model.projector, len(row.frames), vision.image_size, vision.patch_size
@@ -120,7 +120,7 @@ def test_recomputation_takes_less_memory_and_more_work() -> None:
 
 
 def test_kernels_of_a_gpu_keep_and_read_less() -> None:
-    row = filled_row(job("one process, recompute"), frame_tokens=4)
+    row = filled_row(job("one process, recompute"))
     config = job("one process, recompute")
     config.model.language.recompute = False
     gpu, cpu = (trace_rank(config, 0, 1, [row], as_gpu=as_gpu) for as_gpu in (True, False))
@@ -135,7 +135,7 @@ def test_many_layers_are_worked_out_from_few(name: str) -> None:
     config = job(name, num_layers=5 * layout.get("pipeline", 1) * layout.get("virtual_pipeline", 1))
     config.model.vision = replace(config.model.vision, num_layers=6, output_layer=5)
     config.data.seq_length = 64
-    rows = [filled_row(config, frame_tokens=4)] * 4
+    rows = [filled_row(config)] * 4
     for rank in sorted({0, num_ranks - 1}):
         whole, found = (trace(config, rank, num_ranks, rows) for trace in (trace_rank, estimate_rank))
         # Buffers are padded as wholes, and not layer by layer.
@@ -152,7 +152,7 @@ def test_many_layers_are_worked_out_from_few(name: str) -> None:
 
 def test_a_row_is_filled_with_frames_and_text() -> None:
     config = job("one process, recompute")
-    row = filled_row(config, frame_tokens=4)
+    row = filled_row(config)
     assert row.num_real == len(row.tokens_S) == SEQ_LENGTH and len(row.cu_seqlens) == 2
     assert len(row.frames) * 4 == len(row.visual_positions) <= SEQ_LENGTH - 16
     assert int(row.loss_kind_S.count_nonzero()) == SEQ_LENGTH - 1 - len(row.visual_positions)
@@ -161,6 +161,6 @@ def test_a_row_is_filled_with_frames_and_text() -> None:
 def test_a_model_whose_first_layers_differ_is_traced_whole() -> None:
     config = job("EP2 x TP2 + SP", num_layers=4)
     config.model.language.moe.first_dense_layers = 1
-    rows = [filled_row(config, frame_tokens=4)] * 2
+    rows = [filled_row(config)] * 2
     assert estimate_rank(config, 0, 4, rows).work == trace_rank(config, 0, 4, rows).work
     assert torch.distributed.is_initialized() is False

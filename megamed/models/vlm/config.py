@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from megamed.models.language.config import LanguageConfig
-from megamed.models.projector import ProjectorConfig
+from megamed.models.projector import ProjectorConfig, tokens_per_frame
 from megamed.models.vision import VisionConfig
 from megamed.utils import UserError
 
@@ -23,6 +23,11 @@ class VLMConfig:
     of a step beyond it are encoded without activations, and again in the backward pass, which costs at most
     a third more of the encoder's FLOPs. None keeps the activations of all frames. The default is bounded
     because the longest study of a data set then makes a step slower, where it would else end the job."""
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Visual tokens of a frame."""
+        return tokens_per_frame(self.vision.image_size, self.vision.patch_size, self.projector.downsample_ratio)
 
     def validate(self) -> None:
         """Check that the parts fit each other.
