@@ -53,7 +53,7 @@ test: install
 	@tools/install_slurm.sh
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	.venv/bin/python -m pytest -q --durations=10 -n 2 --dist loadfile
+	.venv/bin/python -m pytest -q --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
 
 parity: install
 	.venv/bin/python -m pytest -q tests/parallel/test_parity.py --parity-table docs/parity.md

@@ -14,7 +14,7 @@ from megamed.checkpoint import list_checkpoints
 from tests.launch.command import SMALL, Running, start, torchrun
 
 EVERY_STEPS = 3
-SECONDS = 60  # until something has to have happened
+SECONDS = 120  # until something has to have happened
 
 Start = Callable[..., Running]
 
