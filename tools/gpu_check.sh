@@ -18,6 +18,7 @@ It needs PyTorch and pip, and, where megamed's requirements are not installed, a
   bench       a training step of the tiny model beside plain PyTorch
   slice       a training step of a slice of InternVL-26B: tokens/s, MFU, memory; with and without
               Transformer Engine
+  preflight   a step of a part of InternVL-26B: its memory and time as tools/preflight.py says, and as measured
 
 Options:
   --python PATH      the Python that has PyTorch (default: python3)
@@ -181,10 +182,10 @@ case $? in
 esac
 
 # ---- bench and slice
-bench() { # step, arguments...
-    local step=$1
-    shift
-    if run "$step" "$python" tools/bench/train_step.py "$@"; then
+bench() { # step, script, arguments...
+    local step=$1 script=$2
+    shift 2
+    if run "$step" "$python" "tools/bench/$script" "$@"; then
         record "$step" $([ -n "$dry_run" ] && echo SKIPPED || echo PASS) \
             "$([ -n "$dry_run" ] && echo "dry run" || summary "$step")"
     else
@@ -193,7 +194,7 @@ bench() { # step, arguments...
 }
 
 summary() { # step: what its log says of speed
-    grep -E '^(megamed / transformers|step |tokens/s|model TFLOP/s|MFU|peak memory)' "$out/$1.log" |
+    grep -E '^(megamed / transformers|step |tokens/s|model TFLOP/s|MFU|peak memory|\| 0 |A step)' "$out/$1.log" |
         sed -E 's/ {2,}/ /' | paste -sd ';' | sed 's/;/; /g'
 }
 
@@ -202,13 +203,17 @@ if [ -n "$rehearsal" ]; then
     slice=(--slice internvl26b --layers 1 --tiny-widths --seq-length 600 --frames 8 --repetitions 1 --warmup 0)
     repetitions=1
 fi
-bench bench --repetitions "$repetitions"
-bench slice "${slice[@]}" --no-transformer-engine
+bench bench train_step.py --repetitions "$repetitions"
+bench slice train_step.py "${slice[@]}" --no-transformer-engine
 if [ -z "$dry_run" ] && ! has transformer_engine; then
     record slice-te SKIPPED "Transformer Engine is not installed"
 else
-    bench slice-te "${slice[@]}"
+    bench slice-te train_step.py "${slice[@]}"
 fi
+job=(+exp=internvl26b data.tokenizer=x parallel=single model.language.num_layers=6 model.vision.num_layers=12
+    data.seq_length=8192)
+[ -z "$rehearsal" ] || job=(+exp=fmri data.seq_length=256)
+bench preflight preflight.py "${job[@]}" cluster=h200 train.microbatches=2
 
 # ---- summary
 echo

@@ -42,7 +42,8 @@ def test_a_dry_run_prints_every_command_and_runs_none(tmp_path):
     assert sum("--slice internvl26b" in command for command in commands) == 2
     assert not any(tmp_path.glob("runs/*")) and not any(tmp_path.glob("*.log"))
     table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert len(table) == 9 and all("SKIPPED" in line for line in table[1:])
+    assert sum("tools/bench/preflight.py" in command for command in commands) == 1
+    assert len(table) == 10 and all("SKIPPED" in line for line in table[1:])
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
