@@ -19,6 +19,7 @@ import torch
 from megamed.models.language import AttentionConfig
 from megamed.models.moe import PoolConfig
 from megamed.optim import OptimConfig
+from megamed.preflight import built_rank, held_by
 from megamed.runtime import ParallelConfig, build_mesh, seed_everything
 from megamed.testing.synthetic import MIXED, SyntheticSource
 from megamed.testing.tiny import tiny_vlm
@@ -139,8 +140,8 @@ ROWS = (
 )
 
 
-def measure(row: Row) -> dict[str, Any]:
-    """One rank's side: train three steps, and keep losses, norms, the first step's gradients and a frame count."""
+def job_of(row: Row) -> JobConfig:
+    """The settings of a row."""
     config = JobConfig()
     config.model = tiny_vlm(row.experts, num_layers=2 if row.specialists else 4, **row.language)
     if row.specialists:
@@ -154,6 +155,12 @@ def measure(row: Row) -> dict[str, Any]:
     config.optim = OptimConfig(lr=1e-2, distributed=row.distributed)
     config.data.seq_length = SEQ_LENGTH
     config.train.steps = STEPS
+    return config
+
+
+def measure(row: Row) -> dict[str, Any]:
+    """One rank's side: train three steps, and keep losses, norms, the first step's gradients and a frame count."""
+    config = job_of(row)
     mesh = build_mesh(config.parallel, config.ulysses)
     seed_everything(1, mesh.data_rank)
     job = build_job(config, mesh)
@@ -183,8 +190,9 @@ def measure(row: Row) -> dict[str, Any]:
         moe.append(report.moe_losses)
         routing.append(report.routing and report.routing.picks)
     return {
-        "losses": losses, "norms": norms, "moe": moe, "routing": routing, "gradients": gradients, "encoded": encoded
-    }
+        "losses": losses, "norms": norms, "moe": moe, "routing": routing, "gradients": gradients, "encoded": encoded,
+        "held": held_by(job.model, job.optimizer),
+    }  # fmt: skip
 
 
 @functools.cache
@@ -263,6 +271,10 @@ def test_layout_equals_one_process(
             assert set(got) == ({"load_balancing_loss", "z_loss"} if balanced_by_loss else {"z_loss"})
         # Before rounding differs in the weights, every token goes where one process sends it.
         assert np.array_equal(results[0]["routing"][0], reference["routing"][0])
+    # A job of this layout holds what preflight says: the two ends of the pipeline, byte by byte.
+    for rank in sorted({0, row.ranks - 1}):
+        with built_rank(job_of(row), rank, row.ranks) as built:
+            assert held_by(built.model, built.optimizer) == results[rank]["held"]
 
 
 @pytest.mark.parametrize(
