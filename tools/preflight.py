@@ -264,17 +264,25 @@ def write_json(path: Path, cluster: "ClusterConfig", found: "Sequence[Assessment
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Build the ranks; 1 if they cannot fit."""
+def quieten() -> None:
+    """Of what torch and Megatron warn about, nothing concerns a job that does not run."""
+    import logging
     import warnings
 
-    from tqdm import tqdm
-
-    from megamed.preflight import assess
     from megamed.utils import log
 
     log.setup(0, level="WARNING")
-    warnings.simplefilter("ignore")  # of torch and Megatron, about what is no concern of a job that does not run
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build the ranks; 1 if they cannot fit."""
+    from tqdm import tqdm
+
+    from megamed.preflight import assess
+
+    quieten()
     cluster = cluster_of(args)
     config = settings(args.overrides, cluster.gpus, args.config)
     if args.search:

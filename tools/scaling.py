@@ -174,14 +174,11 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Make the points, then tables and plots."""
-    import warnings
-
-    from megamed.utils import log
     from megamed.utils.optional import require
+    from tools.preflight import quieten
 
     require("matplotlib", "The plot", "pip install -c constraints.txt matplotlib")
-    log.setup(0, level="WARNING")
-    warnings.simplefilter("ignore")  # of torch and Megatron, about what is no concern of a job that does not run
+    quieten()
     found = measure(args)
     text = tables(found)
     write_text(args.out.with_suffix(".tables.md"), text)

@@ -55,7 +55,7 @@ def test_what_does_not_fit_is_told_with_what_would(
     assert code == 0 and "It fits." in output
     code, output = preflight(monkeypatch, capsys, *asked, 6.05)
     assert code == 1 and "does not fit: rank 0 takes 0.06 GiB; it fits with model.frames_in_flight=" in output
-    mend = output.rpartition("it fits with ")[2].split()
+    mend = output.rpartition("it fits with ")[2].splitlines()[0].split()
     assert preflight(monkeypatch, capsys, *asked, 6.05, *mend)[0] == 0
     code, output = preflight(monkeypatch, capsys, *asked, 6.001)
     assert code == 1 and "none of the changes that were tried helps: take more or larger GPUs" in output
@@ -75,7 +75,7 @@ def test_the_best_layout_is_found(
     assert seconds == sorted(seconds) and len(found) > 4
     sizes = {tuple(x["layout"][key] for key in ("tensor", "pipeline", "context", "expert")) for x in found}
     assert {(1, 1, 1, 1), (1, 1, 1, 2), (2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 2, 2)} <= sizes
-    best = output.rpartition("The fastest: ")[2].split()
+    best = output.rpartition("The fastest: ")[2].splitlines()[0].split()
     assert "parallel.tensor=1" in best
     code, output = preflight(monkeypatch, capsys, *asked, *best)
     assert code == 0 and "It fits." in output
