@@ -94,6 +94,18 @@ def memory_table(found: "Assessment") -> list[str]:
     return table(head, rows)
 
 
+def parts_table(found: "Assessment") -> list[str]:
+    """What the step's memory is for, on each rank when it is most."""
+    from megamed.preflight import PARTS
+
+    rows = []
+    for number, rank in found.ranks.items():
+        phase = max(rank.peak.phases, key=lambda name: rank.peak.phases[name])
+        parts = rank.peak.parts[phase]
+        rows.append([str(number), phase, *(gib(parts.get(part, 0)) for part in PARTS)])
+    return table(["rank", "fullest in", *(f"{part}, GiB" for part in PARTS)], rows)
+
+
 def time_table(found: "Assessment") -> list[str]:
     """What a step's time goes to."""
     step = found.estimate
@@ -135,6 +147,7 @@ def report(found: "Assessment") -> str:
         f"{config.data.seq_length:,} tokens a replica",
         "",
         *memory_table(found),
+        *parts_table(found),
         f"{cluster.memory_gib:g} GiB a GPU, of which {cluster.reserved_gib:g} are assumed to be taken.",
         "",
         *time_table(found),

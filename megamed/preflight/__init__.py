@@ -8,12 +8,22 @@ from megamed.preflight.held import Held, built_rank, held_by
 from megamed.preflight.job import Assessment, assess, room
 from megamed.preflight.roofline import Estimate, estimate, transfer_seconds
 from megamed.preflight.search import layouts, search
-from megamed.preflight.step import LANGUAGE, VISION_BACKWARD, VISION_FORWARD, Rank, filled_row, trace_rank, trace_step
+from megamed.preflight.step import (
+    LANGUAGE,
+    PARTS,
+    VISION_BACKWARD,
+    VISION_FORWARD,
+    Rank,
+    filled_row,
+    trace_rank,
+    trace_step,
+)
 from megamed.preflight.trace import Peak
 from megamed.preflight.work import Sent, Work
 
 __all__ = [
     "LANGUAGE",
+    "PARTS",
     "VISION_BACKWARD",
     "VISION_FORWARD",
     "Assessment",

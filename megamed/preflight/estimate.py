@@ -62,9 +62,13 @@ def _grown(rank: Rank, base: Rank, more: Rank, times: int) -> Rank:
 
     held = Held(*(grow(*(getattr(x.held, f.name) for x in (rank, base, more))) for f in fields(Held)))
     phases = {name: grow(*(x.peak.phases[name] for x in (rank, base, more))) for name in rank.peak.phases}
+    parts = {
+        phase: {part: grow(*(x.peak.parts[phase].get(part, 0) for x in (rank, base, more))) for part in of_phase}
+        for phase, of_phase in rank.peak.parts.items()
+    }
     work = {name: _grown_work(rank.work[name], base.work[name], more.work[name], times) for name in rank.work}
     left = grow(rank.peak.left, base.peak.left, more.peak.left)
-    return Rank(held, Peak(phases, left), work, {**rank.groups, **more.groups})
+    return Rank(held, Peak(phases, parts, left), work, {**rank.groups, **more.groups})
 
 
 def _grown_work(work: Work, base: Work, more: Work, times: int) -> Work:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.transformer.moe import token_dispatcher
-from torch import Tensor
+from torch import Tensor, nn
 
 from megamed.data import LOSS_KINDS, Frame, FrameRef, Microbatch
 from megamed.models.moe import Router
@@ -36,6 +36,11 @@ from megamed.train.step import loss_of
 
 VISION_FORWARD, LANGUAGE, VISION_BACKWARD = "vision, forward", "language", "vision, backward"
 GRADIENTS, OPTIMIZER = "gradients", "optimizer"
+# What memory of the step is for.
+FRAMES, VISUAL_TOKENS, LAYERS, LOGITS, BUFFERS = (
+    "frames' activations", "visual tokens", "layers' activations", "logits and loss", "gradients and buffers"
+)  # fmt: skip
+PARTS = FRAMES, VISUAL_TOKENS, LAYERS, LOGITS, BUFFERS
 PHASES = VISION_FORWARD, LANGUAGE, VISION_BACKWARD, GRADIENTS, OPTIMIZER
 
 
@@ -122,6 +127,19 @@ def _even_routing(trace: Trace) -> Iterator[None]:
         yield
 
 
+def _parts(model: PlacedModel) -> dict[str, list[nn.Module]]:
+    """Modules, by what the memory is for that they take in their forward pass; layers are also called one by one."""
+    encoder = model.vision.module
+    chunks = [chunk.module for chunk in model.language]
+    blocks = [block for chunk in chunks for block in (chunk.decoder, *chunk.decoder.layers)]
+    embeddings = [chunk.embedding for chunk in chunks if chunk.pre_process]
+    return {
+        FRAMES: [encoder, *encoder.vision_tower.layers],
+        LOGITS: list(chunks),
+        LAYERS: [*blocks, *embeddings],
+    }
+
+
 def _add_counts(optimizer: ChainedOptimizer) -> None:
     """Give torch's Adam the number of steps of each parameter, which Megatron leaves out of a state that it makes."""
     for part in optimizer.chained_optimizers:
@@ -157,33 +175,33 @@ def trace_step(
     trace = Trace(current_device().type, axes.name)
 
     def finish_gradients(*args: Any, **kwargs: Any) -> None:
-        with trace.phase(GRADIENTS):
+        with trace.phase(GRADIENTS, BUFFERS):
             finalize_model_grads(*args, **kwargs)
 
     for chunk in model.language:
         chunk.config.finalize_model_grads_func = finish_gradients
-    with trace, fused_attention(), _even_routing(trace):
-        with trace.phase(VISION_FORWARD):
+    with trace, trace.parts(_parts(model)), fused_attention(), _even_routing(trace):
+        with trace.phase(VISION_FORWARD, VISUAL_TOKENS):
             rows = trim_padding(microbatches, mesh)
             encoded = phase.forward(rows, load)
             inputs = phase.language_inputs(rows, encoded)
-        with trace.phase(LANGUAGE):
+        with trace.phase(LANGUAGE, BUFFERS):
             for row in encoded[num_language:] if num_language else ():
                 row.grad = torch.zeros_like(row)
             del encoded
             some = inputs[:num_language]
             run_schedule(model.language, some, partial(loss_of, weights=weights), with_labels=True, train=True)
             del inputs, some
-        with trace.phase(VISION_BACKWARD):
+        with trace.phase(VISION_BACKWARD, BUFFERS):
             phase.backward(scale=1.0)
-        with trace.phase(GRADIENTS):
+        with trace.phase(GRADIENTS, BUFFERS):
             model.vision.finish_grad_sync()
-        with trace.phase(OPTIMIZER):
+        with trace.phase(OPTIMIZER, BUFFERS):
             _add_counts(optimizer)
             optimizer.prepare_grads()
             clip_by_total_norm(optimizer, 1.0)  # the norm itself would be read, and nothing is there
             optimizer.step_with_ready_grads()
-        trace.peak.left = trace.now
+        trace.peak.left = trace.now.total()
     return trace.peak, trace.work, axes.groups
 
 

@@ -5,7 +5,8 @@ they run is not: torch does not say it.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._distributed_c10d import FakeWork
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -28,10 +29,12 @@ class Peak:
 
     Attributes:
         phases: most bytes at any time, in each phase of the step.
+        parts: what they are, then.
         left: bytes at its end.
     """
 
     phases: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, dict[str, int]] = field(default_factory=dict)
     left: int = 0
 
     @property
@@ -56,28 +59,61 @@ class Trace(TorchDispatchMode):
         axis_of: name of the axis that something is sent over, by process group and operation.
 
     Attributes:
-        now: bytes alive.
+        now: bytes alive, by the part of the step that made them.
         peak: the most of them, by phase.
         work: by phase.
     """
 
     def __init__(self, device: str, axis_of: Callable[[dist.ProcessGroup, str], str]):
         super().__init__()
-        self.device, self.now, self.peak = device, 0, Peak()
+        self.device, self.peak = device, Peak()
+        self.now: Counter[str] = Counter()
         self.work: dict[str, Work] = {}
-        self._axis_of, self._phase, self._current = axis_of, "", Work()
-        self._sizes: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self._axis_of, self._phase, self._current, self._part = axis_of, "", Work(), ""
+        self._sizes: dict[int, tuple[weakref.ref[Any], int, str]] = {}
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Account for a phase of the step."""
-        before = self._phase, self._current
-        self._phase, self._current = name, self.work.setdefault(name, Work())
+    def phase(self, name: str, part: str) -> Iterator[None]:
+        """Account for a phase of the step.
+
+        Args:
+            name: of the phase.
+            part: what is made in it is, by default.
+        """
+        before = self._phase, self._current, self._part
+        self._phase, self._current, self._part = name, self.work.setdefault(name, Work()), part
         self._note()
         try:
             yield
         finally:
-            self._phase, self._current = before
+            self._phase, self._current, self._part = before
+
+    @contextmanager
+    def parts(self, modules: Mapping[str, Iterable[nn.Module]]) -> Iterator[None]:
+        """What modules make in their forward pass is a part of its own; of a module in another, the inner one's.
+
+        Args:
+            modules: by the name of the part.
+        """
+        outer: list[str] = []
+
+        def enter(name: str, *_: Any) -> None:
+            outer.append(self._part)
+            self._part = name
+
+        def leave(*_: Any) -> None:
+            self._part = outer.pop()
+
+        hooks = []
+        for name, members in modules.items():
+            for module in members:
+                hooks.append(module.register_forward_pre_hook(partial(enter, name)))
+                hooks.append(module.register_forward_hook(leave))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def count(self, tensor: Tensor) -> None:
         """Count a tensor that stands, on the host, for one of the device."""
@@ -124,15 +160,18 @@ class Trace(TorchDispatchMode):
         if known is not None and known[0]() is storage:
             return
         size = 0 if was_there else storage.nbytes()
-        self._sizes[key] = weakref.ref(storage, partial(self._forget, key)), size
-        self.now += size
-        self._note()
+        self._sizes[key] = weakref.ref(storage, partial(self._forget, key)), size, self._part
+        if size:
+            self.now[self._part] += size
+            self._note()
 
     def _forget(self, key: int, reference: Any) -> None:
         known = self._sizes.get(key)
         if known is not None and known[0] is reference:
-            self.now -= known[1]
+            self.now[known[2]] -= known[1]
             del self._sizes[key]
 
     def _note(self) -> None:
-        self.peak.phases[self._phase] = max(self.peak.phases.get(self._phase, 0), self.now)
+        now = self.now.total()
+        if now >= self.peak.phases.get(self._phase, 0):
+            self.peak.phases[self._phase], self.peak.parts[self._phase] = now, dict(self.now)

@@ -1,4 +1,4 @@
-"""What preflight says that a rank in bf16 holds is what it holds; tests/parallel/test_parity.py has all layouts in fp32."""
+"""What preflight says that a rank in bf16 holds is what it holds; tests/parallel/test_parity.py has fp32."""
 
 from typing import Any
 

@@ -9,7 +9,7 @@ import torch
 from megamed.models.flops import flops_of_language, projector_flops, vision_flops
 from megamed.models.language import AttentionConfig
 from megamed.preflight import Peak, Work, estimate_rank, filled_row, trace_rank, trace_step
-from megamed.preflight.step import LANGUAGE, PHASES, VISION_BACKWARD, VISION_FORWARD
+from megamed.preflight.step import FRAMES, LANGUAGE, LAYERS, PHASES, VISION_BACKWARD, VISION_FORWARD, VISUAL_TOKENS
 from megamed.preflight.work import ATTENTION, OTHERS, PRODUCTS
 from megamed.runtime import ParallelConfig, build_mesh, seed_everything
 from megamed.testing.synthetic import SyntheticSource
@@ -70,6 +70,7 @@ def test_the_step_that_is_run_without_memory_is_the_step(name: str, ranks: Any) 
         first = count * (rank // (num_ranks // (MICROBATCHES // count)))
         mine = [source().microbatch(first + i) for i in range(count)]
         found = trace_rank(config, rank, num_ranks, mine, as_gpu=False)
+        assert sum(found.peak.parts[LANGUAGE].values()) == found.peak.phases[LANGUAGE]
         # The bar is 10 %. The same operations are run; on a CPU, indices that stay on the host count as the device's,
         # and with models as small as these they are some percent. Experts are computed in pieces on a CPU.
         assert found.peak.most == pytest.approx(peak.most, rel=0.05)
@@ -117,6 +118,24 @@ def test_recomputation_takes_less_memory_and_more_work() -> None:
     without = trace_rank(config, 0, 1, rows)
     assert with_it.peak.phases[LANGUAGE] < 0.7 * without.peak.phases[LANGUAGE]
     assert with_it.work[LANGUAGE].flops > 1.2 * without.work[LANGUAGE].flops
+
+
+def test_parts_of_the_memory_are_named() -> None:
+    config = job("one process, recompute")
+    config.model.language.recompute = config.model.vision.recompute = False
+    config.model.frames_in_flight = None
+    row = filled_row(config)
+    peak = trace_rank(config, 0, 1, [row, row]).peak
+    language, width = config.model.language, config.model.vision.hidden_size
+    num_patches = 1 + (config.model.vision.image_size // config.model.vision.patch_size) ** 2
+    # Visual tokens of both rows, and the frames' activations, of which each layer keeps its input at the least.
+    tokens, parts = 2 * len(row.visual_positions), peak.parts[LANGUAGE]
+    assert parts[VISUAL_TOKENS] >= tokens * language.hidden_size * 4
+    kept = config.model.vision.num_layers_run * 2 * len(row.frames) * num_patches * width * 4
+    assert kept < parts[FRAMES] < 40 * kept
+    assert parts[LAYERS] > language.num_layers * SEQ_LENGTH * language.hidden_size * 4
+    # When the pass that is run back first has its gradients, all frames are there still.
+    assert peak.parts[VISION_BACKWARD][FRAMES] == parts[FRAMES] and peak.parts[VISION_BACKWARD].get(LAYERS, 0) == 0
 
 
 def test_kernels_of_a_gpu_keep_and_read_less() -> None:
