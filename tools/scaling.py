@@ -4,8 +4,8 @@
     python tools/scaling.py +exp=ct data.store=STORE cluster=h100 --gpus 64 128 256 --layout tensor=4,pipeline=2
 
 Each layout is laid out over more and more GPUs by more and more replicas. Weakly: so many rows a GPU, so that the batch
-grows. Strongly: one batch, shared by more and more. FILE.tables.md has the tables, FILE.svg the plots, FILE.json the
-numbers; runs that were cut short go on from there.
+grows. Strongly: one batch, shared by more and more. Prints tables; FILE.svg has the plots (a cross: too much memory),
+FILE.json the numbers, from which a run that was cut short goes on.
 """
 
 import argparse
@@ -140,35 +140,43 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Throughput and what a step's time goes to, weakly and strongly."""
+    """Throughput of a GPU, and what a step's time goes to, weakly and strongly."""
     import matplotlib
 
     matplotlib.use("agg")
-    matplotlib.rcParams.update({"svg.hashsalt": "megamed", "font.size": 8, "svg.fonttype": "none"})
+    matplotlib.rcParams.update({"svg.hashsalt": "scaling", "font.size": 8, "svg.fonttype": "none"})
     from matplotlib import pyplot
 
     names = list(found["points"])
-    figure, axes = pyplot.subplots(2, 1 + len(names), figsize=(3.4 * (1 + len(names)), 5.6), layout="constrained")
+    size = 3.2 * (1 + len(names)), 5.8
+    figure, axes = pyplot.subplots(2, 1 + len(names), figsize=size, layout="constrained", squeeze=False)
+    every = [x for kinds in found["points"].values() for points in kinds.values() for x in points.values()]
+    shares: dict[str, float] = {}  # the largest of each part
+    for x in (x for x in every if "total" in x):
+        for part, seconds in x["seconds"].items():
+            shares[part] = max(shares.get(part, 0.0), seconds / x["total"])
+    kept = sorted(part for part, share in shares.items() if share > 0.02)
     for row, kind in enumerate(("weak", "strong")):
-        plot = axes[row][0]
-        for name in names:
-            there = {int(n): x for n, x in found["points"][name][kind].items() if "total" in x}
-            plot.plot(list(there), [x["tokens_per_second"] for x in there.values()], "o-", label=name, markersize=3)
-        first = next(iter(there))
-        ideal = [there[first]["tokens_per_second"] / first * n for n in there]
-        plot.plot(list(there), ideal, "k:", label="as many tokens a GPU", linewidth=0.8)
-        plot.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="tokens/s", title=f"{kind} scaling")
-        plot.legend(fontsize=6)
+        speed = axes[row][0]
         for column, name in enumerate(names, 1):
             there = {int(n): x for n, x in found["points"][name][kind].items() if "total" in x}
-            parts = sorted({part for x in there.values() for part in x["seconds"]})
-            shares = [[x["seconds"].get(part, 0.0) / x["total"] for x in there.values()] for part in parts]
-            kept = [i for i, share in enumerate(shares) if max(share) > 0.02]
-            axes[row][column].stackplot(list(there), [shares[i] for i in kept], labels=[parts[i] for i in kept])
-            axes[row][column].set(xscale="log", ylim=(0, 1), xlabel="GPUs", title=f"{name}", ylabel="share of a step")
-            axes[row][column].title.set_fontsize(7)
-            axes[row][column].legend(fontsize=5, loc="lower left")
-    figure.savefig(path, metadata={"Date": None})
+            speed.plot(
+                list(there), [x["tokens_per_second"] / n for n, x in there.items()], "o-", label=name, markersize=3
+            )
+            for n, x in there.items():
+                if not x["fits"]:
+                    speed.plot([n], [x["tokens_per_second"] / n], "x", color="black", markersize=7)
+            parts = [[x["seconds"].get(part, 0.0) / x["total"] for x in there.values()] for part in kept]
+            plot = axes[row][column]
+            plot.stackplot(list(there), parts, labels=kept, colors=[f"C{i}" for i in range(len(kept))])
+            plot.set(xscale="log", ylim=(0, 1), xlabel="GPUs", ylabel="share of a step")
+            plot.set_title(name, fontsize=7)
+        top = max(max(line.get_ydata()) for line in speed.lines)
+        speed.set(xscale="log", ylim=(0, 1.05 * top), xlabel="GPUs", ylabel="tokens/s of a GPU")
+        speed.set_title(f"{kind} scaling")
+    axes[0][0].legend(fontsize=6, loc="lower left")
+    axes[0][1].legend(fontsize=6, loc="lower left")
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=110)
     pyplot.close(figure)
 
 
@@ -180,10 +188,8 @@ def run(args: argparse.Namespace) -> None:
     require("matplotlib", "The plot", "pip install -c constraints.txt matplotlib")
     quieten()
     found = measure(args)
-    text = tables(found)
-    write_text(args.out.with_suffix(".tables.md"), text)
     draw(found, args.out.with_suffix(".svg"))
-    print(text)
+    print(tables(found))
 
 
 def main() -> int:
