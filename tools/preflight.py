@@ -192,8 +192,8 @@ def changes(config: "JobConfig") -> list[str]:
     return found
 
 
-def settings(overrides: list[str], world_size: int, file: Path | None = None) -> "JobConfig":
-    """The job, checked."""
+def settings(overrides: list[str], world_size: int | None, file: Path | None = None) -> "JobConfig":
+    """The job, checked; its layout, too, unless the world size is None."""
     from megamed.config import compose, load
     from megamed.train import JobConfig
     from megamed.train.run import adopt_hf, check_values
@@ -204,7 +204,8 @@ def settings(overrides: list[str], world_size: int, file: Path | None = None) ->
         config.train.dtype = "bf16"  # which it is on a GPU, whatever this machine has
     adopt_hf(config)
     check_values(config)
-    config.validate(world_size)
+    if world_size is not None:
+        config.validate(world_size)
     return config
 
 
@@ -238,6 +239,7 @@ def find_best(config: "JobConfig", cluster: "ClusterConfig", args: argparse.Name
     with tqdm(total=total + min(args.top, total), desc="layouts", unit="layout", disable=None, leave=False) as bar:
         found = search(config, cluster, args.top, args.jobs, bar.update)
     if not found:
+        config.validate(cluster.gpus)  # says what is wrong with the one that is set
         raise UserError(f"no layout of {cluster.gpus} GPUs goes with this job; choose another number of GPUs")
     print(f"{total} layouts of {cluster.gpus} GPUs, the best {len(found)}; computed, not measured.\n")
     print(search_report(found))
@@ -297,9 +299,9 @@ def run(args: argparse.Namespace) -> int:
 
     quieten()
     cluster = cluster_of(args)
-    config = settings(args.overrides, cluster.gpus, args.config)
     if args.search:
-        return find_best(config, cluster, args)
+        return find_best(settings(args.overrides, None, args.config), cluster, args)
+    config = settings(args.overrides, cluster.gpus, args.config)
     found = assess(
         config, cluster, args.every_layer,
         progress=lambda ranks: tqdm(ranks, desc="ranks", unit="rank", disable=None, leave=False),
