@@ -210,7 +210,7 @@ if [ -z "$dry_run" ] && ! has transformer_engine; then
 else
     bench slice-te train_step.py "${slice[@]}"
 fi
-job=(+exp=internvl26b data.tokenizer=x parallel=single model.language.num_layers=6 model.vision.num_layers=12
+job=(+exp=internvl26b parallel=single model.language.num_layers=6 model.vision.num_layers=12
     data.seq_length=8192)
 [ -z "$rehearsal" ] || job=(+exp=fmri data.seq_length=256)
 bench preflight preflight.py "${job[@]}" cluster=h200 train.microbatches=2

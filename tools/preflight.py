@@ -182,14 +182,16 @@ def changes(config: "JobConfig") -> list[str]:
     p, found = config.parallel, []
     if not config.optim.distributed:
         found.append("optim.distributed=true")
-    if config.model.frames_in_flight is None:
+    frames = config.model.frames_in_flight
+    if frames is None:
         found.append(f"model.frames_in_flight={config.model.frames_per_pass}")
     if not config.model.vision.recompute:
         found.append("model.vision.recompute=true")
     if not config.model.language.recompute:
         found.append("model.language.recompute=true")
     found += [f"parallel.{key}={2 * getattr(p, key)}" for key in ("context", "tensor", "pipeline")]
-    return found
+    fewer = frames or config.model.frames_per_pass
+    return found + [f"model.frames_in_flight={n}" for n in (fewer // 2, fewer // 4, fewer // 8) if n]
 
 
 def settings(overrides: list[str], world_size: int | None, file: Path | None = None) -> "JobConfig":

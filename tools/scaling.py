@@ -1,6 +1,6 @@
 """From few GPUs to thousands: where each layout stops scaling, and why. Computed by preflight, not measured.
 
-    python tools/scaling.py +exp=internvl26b data.tokenizer=x cluster=h100 --out docs/scaling
+    python tools/scaling.py +exp=internvl26b cluster=h100 --out docs/scaling
     python tools/scaling.py +exp=ct data.store=STORE cluster=h100 --gpus 64 128 256 --layout tensor=4,pipeline=2
 
 Each layout is laid out over more and more GPUs by more and more replicas. Weakly: so many rows a GPU, so that the batch

@@ -30,7 +30,7 @@ def test_internvl26b_on_64_gpus(
 ) -> None:
     numbers = tmp_path / "x.json"
     # A few short rows, since what a step takes is not looked at here.
-    few = ("train.microbatches=8", "data.seq_length=1024", "data.tokenizer=x")
+    few = ("train.microbatches=8", "data.seq_length=1024")
     code, output = preflight(monkeypatch, capsys, "+exp=internvl26b", "cluster=h100x64", *few, "--json", numbers)
     assert code == 0
     assert "64 GPUs (H100-80GB) = tensor 4 x pipeline 2 x context 1 (ring 1 x Ulysses 1) x data 8" in output

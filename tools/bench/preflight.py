@@ -1,7 +1,7 @@
 """Preflight against a step that is really run: memory of each rank, and on a GPU the time of a step.
 
-    torchrun --nproc-per-node 8 tools/bench/preflight.py +exp=internvl26b data.tokenizer=x cluster=h100
-    python tools/bench/preflight.py +exp=internvl26b data.tokenizer=x cluster=h200 parallel=single \\
+    torchrun --nproc-per-node 8 tools/bench/preflight.py +exp=internvl26b cluster=h100
+    python tools/bench/preflight.py +exp=internvl26b cluster=h200 parallel=single \\
         model.language.num_layers=6 model.vision.num_layers=12 data.seq_length=8192 train.microbatches=2
 
 Takes what tools/preflight.py takes. Rows are full of frames, whose pixels are random. On a GPU memory is what torch's
