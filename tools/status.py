@@ -53,6 +53,7 @@ def status(run: Path, now: float) -> dict[str, Any]:
         state = "dead"
     last = steps[-1] if steps else {}
     recent = [line["tokens_per_s"] for line in steps[-_LAST_STEPS:] if "tokens_per_s" in line]
+    compared = _lines(run / "stragglers.jsonl")
     saved = sorted((run / "checkpoints").glob("step_????????"))
     return {
         "run": str(run),
@@ -69,6 +70,7 @@ def status(run: Path, now: float) -> dict[str, Any]:
         "starts": len(starts),
         "ranks": starts[-1]["world_size"] if starts else None,
         "hangs": len(list((run / "hangs").glob("*.txt"))),
+        "slow_ranks": compared[-1]["slow"] if compared else [],
     }
 
 
@@ -81,6 +83,7 @@ def table(found: list[dict[str, Any]]) -> str:
         state = f"{x['state']} ({_ago(x['silent_seconds'])} silent)" if x["state"] == "dead" else x["state"]
         notes = [f"damaged: {', '.join(x['damaged_checkpoints'])}"] if x["damaged_checkpoints"] else []
         notes += [f"{x['hangs']} ranks hung: see hangs/"] if x["hangs"] else []
+        notes += [f"rank {slow['rank']} on {slow['node']} {slow['what']}" for slow in x["slow_ranks"]]
         lines.append((
             Path(x["run"]).name, state, f"{x['step']}/{x['steps']}", "-" if x["loss"] is None else f"{x['loss']:.4f}",
             speed, "-" if x["mfu"] is None else f"{100 * x['mfu']:.1f}%", saved, str(x["starts"]), "; ".join(notes),

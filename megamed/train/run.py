@@ -29,22 +29,10 @@ log = logging.getLogger(__name__)
 
 _ANSWER_SECONDS = 300
 _VISION_SIZES = (
-    "image_size",
-    "patch_size",
-    "num_channels",
-    "hidden_size",
-    "num_layers",
-    "num_heads",
-    "intermediate_size",
+    "image_size", "patch_size", "num_channels", "hidden_size", "num_layers", "num_heads", "intermediate_size"
 )
 _LANGUAGE_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "intermediate_size",
-    "max_positions",
+    "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "max_positions"
 )
 
 
@@ -72,12 +60,8 @@ def check_values(config: JobConfig) -> None:
         ("optim.lr", optim.lr, optim.lr > 0, "above 0"),
         ("optim.min_lr", optim.min_lr, 0 <= optim.min_lr <= optim.lr, f"from 0 to optim.lr = {optim.lr:g}"),
         ("optim.warmup_steps", optim.warmup_steps, optim.warmup_steps >= 0, "0 or more"),
-        (
-            "optim.decay_steps",
-            optim.decay_steps,
-            optim.decay_steps is None or optim.decay_steps > warmup_steps,
-            f"above the {warmup_steps} steps of warm-up",
-        ),
+        ("optim.decay_steps", optim.decay_steps, optim.decay_steps is None or optim.decay_steps > warmup_steps,
+         f"above the {warmup_steps} steps of warm-up"),
         ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "0 or more"),
         ("optim.beta1", optim.beta1, 0 <= optim.beta1 < 1, "from 0 to below 1"),
         ("optim.beta2", optim.beta2, 0 <= optim.beta2 < 1, "from 0 to below 1"),
@@ -85,12 +69,8 @@ def check_values(config: JobConfig) -> None:
         ("optim.clip_grad", optim.clip_grad, optim.clip_grad >= 0, "0 or more"),
         ("train.faults.spike_factor", faults.spike_factor, faults.spike_factor > 1, "above 1"),
         ("train.faults.window", faults.window, faults.window >= 1, "1 or more"),
-        (
-            "train.faults.min_steps",
-            faults.min_steps,
-            1 <= faults.min_steps <= faults.window,
-            f"from 1 to train.faults.window = {faults.window}",
-        ),
+        ("train.faults.min_steps", faults.min_steps, 1 <= faults.min_steps <= faults.window,
+         f"from 1 to train.faults.window = {faults.window}"),
         ("train.faults.most", faults.most, faults.most >= 1, "1 or more"),
         ("train.straggler_steps", config.train.straggler_steps, config.train.straggler_steps >= 0, "0 or more"),
         ("checkpoint.every_steps", keep.every_steps, keep.every_steps >= 0, "0 or more"),
@@ -283,10 +263,7 @@ def say_complete(start_step: int, folder: Path) -> None:
     """Say that a run has all its steps, and how it gets more."""
     log.info(
         "%s is complete: it has taken %d steps; to train on, set train.steps to more of them, for instance "
-        "train.steps=%d",
-        folder,
-        start_step,
-        2 * start_step,
+        "train.steps=%d", folder, start_step, 2 * start_step,
     )
 
 

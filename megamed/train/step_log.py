@@ -84,7 +84,6 @@ class StepLog:
             if not self._is_full:
                 log.warning(
                     "%s: cannot be written (%s); its lines are kept in memory until there is room, free some",
-                    self.path,
-                    error.strerror or error,
+                    self.path, error.strerror or error,
                 )
             self._is_full = True

@@ -137,10 +137,7 @@ def trained(folder: Path, saves: Path, steps: int, parallel: dict[str, Any]) -> 
     fit(job, watch, [Keep(), Checkpoints(manager, watch, 0, steps)], card["step"], card["position"])
     dist.barrier()
     return {
-        "seen": seen,
-        "samples": watch.samples,
-        "pixels": watch.pixels,
-        "loaded": watch.loaded,
+        "seen": seen, "samples": watch.samples, "pixels": watch.pixels, "loaded": watch.loaded,
         "replica": job.mesh.data_rank,
     }
 
@@ -163,7 +160,9 @@ def test_a_run_goes_on_at_another_number_of_replicas(ranks: Any, folder: Path, t
     assert [loss for *_, loss in losses] == pytest.approx([loss for *_, loss in whole["seen"]], rel=1e-4)
 
 
-def test_each_rank_loads_its_own_frames_and_each_frame_is_loaded_once(ranks: Any, folder: Path, tmp_path: Path) -> None:
+def test_each_rank_loads_its_own_frames_and_each_frame_is_loaded_once(
+    ranks: Any, folder: Path, tmp_path: Path
+) -> None:
     results = ranks.run(trained, 4, folder, tmp_path, 3, {"pipeline": 2})
     everywhere = Counter(frame for result in results for frame in result["loaded"])
     made = source(config(folder / "store", folder / "talk.jsonl"))

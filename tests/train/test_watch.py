@@ -98,6 +98,9 @@ def test_status(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "alive.json").write_text(json.dumps({"state": "training", "step": 3, "time": time.time() - 7200}))
     code, said = status(str(tmp_path))
     assert code == 1 and "dead (2 h silent)" in said and "0/9" in said
+    slow = {"rank": 3, "node": "n2", "what": "encodes a frame in 1.50 times what others take"}
+    (tmp_path / "stragglers.jsonl").write_text(json.dumps({"step": 3, "slow": [slow]}) + "\n")
+    assert "rank 3 on n2 encodes a frame in 1.50 times" in status(str(tmp_path))[1]
     assert status(str(tmp_path / "nowhere"))[0] == 2
 
 
