@@ -287,6 +287,8 @@ class CheckpointManager:
             checkpoint = _found_by_first_rank(Path(path))
             card = read_card(checkpoint)
             self._check_model(checkpoint, card, "set the model to that one, or take another checkpoint")
+            if problem := self.find_damage(checkpoint):
+                raise UserError(f"{checkpoint}: {problem}; take another checkpoint, or a copy of it", everywhere=True)
             weights = Weights(checkpoint)
             lacking, left = self._router_state(weights)
             state = model_state(self.model.language, self.model.vision, self.mesh)

@@ -32,11 +32,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 from tqdm import tqdm
 
-from megamed.checkpoint.aside import written_aside
+from megamed.checkpoint.aside import IDENTITY, written_aside
 from megamed.checkpoint.card import CARD, describe_model
 from megamed.checkpoint.spans import Span, copy_spans, leave_room
 from megamed.checkpoint.state import weights_state
-from megamed.checkpoint.writer import write_file
+from megamed.checkpoint.sums import write_sums
+from megamed.checkpoint.writer import digest_of, write_file
 from megamed.models.language import AttentionConfig, build_language_chunks
 from megamed.models.vlm import FrameEncoder, VLMConfig
 from megamed.runtime import Mesh, ParallelConfig, build_mesh, destroy_mesh, meta_device, seed_everything, start, stop
@@ -47,7 +48,7 @@ _BYTES_PER_TENSOR = 4096
 
 # About as large is a file; a killed writing loses one of them at most.
 _FILE_BYTES = 2**30
-_JOURNAL = "written_"
+_JOURNAL = "written_sums_"
 
 Make = Callable[[str, tuple[int, ...]], Tensor]
 """Makes a parameter: of its name, and its place in the stack of experts, where there is one."""
@@ -130,6 +131,7 @@ def make_card(config: VLMConfig, versions: dict[str, str]) -> dict[str, Any]:
         "optimizer": {},
         "versions": versions,
         "weights_only": True,
+        "has_checksums": True,
         "step": 0,
         "position": 0,
         "data": {},
@@ -190,12 +192,13 @@ def write_weights(
         with written_aside(target, total + _BYTES_PER_TENSOR * (len(pieces) + 256), identity) as aside:
             prepare(aside)
             with tqdm(total=total, unit="B", unit_scale=True, desc="write", disable=not sys.stderr.isatty()) as bar:
-                _write(aside, tensors, objects, make, find, bar.update, num_threads)
+                sums = _write(aside, tensors, objects, make, find, bar.update, num_threads)
             torch.save({}, aside / "common.pt")
             save_config(CheckpointingConfig("torch_dist", 1), str(aside))
             for name, text in beside.items():
                 write_file(aside / name, text.encode())
             write_file(aside / CARD, json.dumps(card, indent=1).encode())
+            write_sums(aside, sums, leaves=IDENTITY)
     except _MakingFailed as error:
         assert error.__cause__ is not None
         raise error.__cause__ from None
@@ -210,8 +213,12 @@ def _write(
     find: Find,
     advance: Callable[[int], Any],
     num_threads: int,
-) -> None:
-    """Write the pieces, some to each file, with their index; files that a killed writing finished are kept."""
+) -> dict[str, str]:
+    """Write the pieces, some to each file, with their index; files that a killed writing finished are kept.
+
+    Returns:
+        SHA-256 of the files, by name.
+    """
     index: dict[str, Any] = {key: BytesStorageMetadata() for key in objects}
     files: list[list[tuple[MetadataIndex, Piece | None]]] = [[(MetadataIndex(key), None) for key in objects]]
     sizes = [0]
@@ -227,13 +234,17 @@ def _write(
         sizes[-1] += piece.num_bytes
         files[-1].append((place, piece))
 
+    sums: dict[str, str] = {}
+
     def write(number: int) -> dict[MetadataIndex, _StorageInfo]:
+        path = aside / f"__{number}_0.distcp"  # as torch names them, as if each were another rank's
         journal = aside / f"{_JOURNAL}{number}.json"
         if journal.is_file():
             advance(sizes[number])
-            return _places(journal)
+            written = json.loads(journal.read_text())
+            sums[path.name] = written["sha256"]
+            return _places(written["items"])
         found = {}
-        path = aside / f"__{number}_0.distcp"  # as torch names them, as if each were another rank's
         maker = _Maker(make)
         with open(path, "wb+") as file:
             for place, piece in files[number]:
@@ -242,7 +253,9 @@ def _write(
                 found[place] = _StorageInfo(path.name, offset, file.tell() - offset)
             file.flush()
             os.fsync(file.fileno())
-        write_file(journal, json.dumps([_plain(*item) for item in found.items()]).encode())
+        sums[path.name] = digest_of(path)
+        written = {"sha256": sums[path.name], "items": [_plain(*item) for item in found.items()]}
+        write_file(journal, json.dumps(written).encode())
         return found
 
     with ThreadPoolExecutor(num_threads) as pool:
@@ -255,8 +268,9 @@ def _write(
     # Without where it is written: a path may hold a user's name.
     metadata = Metadata(index, storage_data=places, version=CURRENT_DCP_VERSION)
     write_file(aside / ".metadata", pickle.dumps(metadata))
-    for journal in aside.glob(f"{_JOURNAL}*.json"):
+    for journal in aside.glob("written_*.json"):
         journal.unlink()
+    return sums
 
 
 def _write_item(
@@ -283,10 +297,10 @@ def _plain(place: MetadataIndex, stored: _StorageInfo) -> list[Any]:
     return [place.fqn, offsets, place.index, stored.relative_path, stored.offset, stored.length]
 
 
-def _places(journal: Path) -> dict[MetadataIndex, _StorageInfo]:
+def _places(items: list[list[Any]]) -> dict[MetadataIndex, _StorageInfo]:
     """The inverse of `_plain`, of a whole file."""
     found = {}
-    for name, offsets, number, path, offset, length in json.loads(journal.read_text()):
+    for name, offsets, number, path, offset, length in items:
         place = MetadataIndex(name, None if offsets is None else torch.Size(offsets), number)
         found[place] = _StorageInfo(path, offset, length)
     return found

@@ -13,14 +13,16 @@ from megamed.checkpoint.writer import digest_of, write_file
 SUMS = "SHA256SUMS"
 
 
-def write_sums(folder: Path, known: Mapping[str, str]) -> None:
+def write_sums(folder: Path, known: Mapping[str, str], leaves: str = "") -> None:
     """Write the list.
 
     Args:
         folder: that has all its files.
         known: checksums of some of them, by name within the folder; the others' are computed.
+        leaves: a file that is there now and will not be.
     """
-    write_file(folder / SUMS, _text({name: known.get(name) or digest_of(folder / name) for name in _files(folder)}))
+    names = [name for name in _files(folder) if name != leaves]
+    write_file(folder / SUMS, _text({name: known.get(name) or digest_of(folder / name) for name in names}))
 
 
 def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megamed.checkpoint import aside, read_card, rewrite
 from megamed.checkpoint.rewrite import Piece, write_weights
+from megamed.checkpoint.sums import find_damage
 from megamed.checkpoint.weights import Weights
 from megamed.models.vlm import VLMConfig
 from megamed.utils import UserError
@@ -43,6 +44,7 @@ def check(target: Path) -> None:
     weights = Weights(target)
     assert list(weights) == NAMES and all(weights.read(name).equal(made(name)) for name in NAMES)
     assert read_card(target)["weights_only"] and (target / "moe.yaml").read_text() == "top_k: 2\n"
+    assert find_damage(target) is None
     # Whoever wrote it, and where, is his own affair.
     assert str(target.parent).encode() not in (target / ".metadata").read_bytes()
 

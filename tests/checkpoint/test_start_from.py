@@ -155,6 +155,18 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
         find_checkpoint(tmp_path, "init.checkpoint")
 
 
+def test_a_flipped_byte_is_noticed(ranks: Any, tmp_path: Path) -> None:
+    config = model(dense=True)
+    ranks.run(save, 2, config, {}, str(tmp_path / "checkpoints"))
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    weights = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(AssertionError, match=f"{weights.name} is damaged: its checksum is another; take another"):
+        ranks.run(start, 2, config, {}, str(tmp_path / "new"), str(checkpoint))
+
+
 def test_settings_of_training_are_no_part_of_a_model() -> None:
     was = describe_model(model(routing="free", top_k=2))
     trained = model(routing="soft", balance="bias", specialty_dropout=0.5, log_every=7, z_loss_coeff=1.0)
