@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--memory", type=float, metavar="GIB", help="instead of the cluster's memory of a GPU")
     parser.add_argument("--search", action="store_true", help="rank all layouts of so many GPUs for this job")
     parser.add_argument("--top", type=positive, default=10, metavar="N", help="layouts that --search prints (10)")
-    parser.add_argument("--jobs", type=positive, metavar="N", help="processes of --search (one a core)")
+    parser.add_argument("--jobs", type=positive, metavar="N", help="processes of --search (one a core, 8 at most)")
     parser.add_argument("--every-layer", action="store_true", help="trace all layers, not work them out from a few")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers")
     args, unknown = parser.parse_known_args()

@@ -67,7 +67,7 @@ def search(
         config: the job.
         cluster: the GPUs.
         top: layouts to assess in full.
-        processes: how many; None for as many as there are cores.
+        processes: how many; None for one a core, eight at most, each of which takes a gigabyte.
         done: told how many layouts were dealt with, as it goes on: all, and `top` once more.
 
     Returns:
@@ -75,7 +75,7 @@ def search(
     """
     groups = layouts(config, cluster)
     # Spawned, since torch's threads do not live through a fork.
-    with ProcessPoolExecutor(processes or os.cpu_count() or 1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes or min(os.cpu_count() or 1, 8), mp_context=get_context("spawn")) as pool:
         tasks: dict[Future[list[Assessment]], int] = {}
         for group in groups:
             tasks[pool.submit(_assess_group, config, cluster, group)] = len(group)
