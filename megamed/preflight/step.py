@@ -73,6 +73,7 @@ class Axes:
         language = mesh.language
         named = {
             "tied embeddings": getattr(language, "embd", None),
+            "tensor x context": getattr(language, "tp_cp", None),
             "expert x tensor": getattr(language, "tp_ep", None),
             "expert tensor": getattr(language, "expt_tp", None),
             "gradients of experts": getattr(language, "expt_dp", None),
