@@ -20,7 +20,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.transformer.moe import token_dispatcher
 from torch import Tensor, nn
 
-from megamed.data import LOSS_KINDS, Frame, FrameRef, Microbatch
+from megamed.data import LOSS_KINDS, Frame, Microbatch
 from megamed.models.moe import Router
 from megamed.models.moe.router import in_turns
 from megamed.optim import clip_by_total_norm
@@ -231,7 +231,7 @@ def filled_row(config: JobConfig) -> Microbatch:
         num_real=length,
         padding_S=torch.zeros(length, dtype=torch.bool),
         visual_positions=visual,
-        frames=[FrameRef(0, num_frames, number) for number in range(num_frames)],
+        frames=list(range(num_frames)),
         sample_ids=["filled"],
         specialty_S=zeros,
     )

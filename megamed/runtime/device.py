@@ -13,13 +13,14 @@ import torch
 
 from megamed.runtime import cpu_backend
 from megamed.utils.log import quiet_imports
-from megamed.utils.optional import hide_unrelated_apex
+from megamed.utils.optional import hidden, hide_unrelated_apex
 
 
 def prepare_megatron() -> None:
     """Make `import megatron.core` work here: with CUDA as it is, without it through the CPU backend."""
     hide_unrelated_apex()
-    with quiet_imports():
+    # Megatron would import Weights & Biases, for its own timers: a sixth of the time that a process needs to start.
+    with quiet_imports(), hidden("wandb"):
         if not torch.cuda.is_available():
             _hide_transformer_engine()
             cpu_backend.enable()

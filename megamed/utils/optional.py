@@ -1,8 +1,10 @@
 """Optional packages: imported where present, and where absent a sentence that says what to install."""
 
+import contextlib
 import importlib
 import logging
 import sys
+from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Literal
@@ -42,6 +44,23 @@ def require(name: str, purpose: str, install: str) -> ModuleType:
         raise UserError(f"{purpose} needs {name}, which is installed but does not import ({fault}); "
                         f"mend it with: {install}")
     raise UserError(f"{purpose} needs {name}, which is not installed; install it with: {install}")
+
+
+@contextlib.contextmanager
+def hidden(name: str) -> Iterator[None]:
+    """Within it, a package that is not imported yet is not there for whoever tries.
+
+    Args:
+        name: of the package.
+    """
+    hides = name not in sys.modules
+    if hides:
+        sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hides:
+            del sys.modules[name]
 
 
 def find_apex() -> Literal["nvidia", "unrelated"] | None:
