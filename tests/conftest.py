@@ -13,7 +13,7 @@ from megamed.testing.ranks import RankPool  # noqa: E402
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--parity-table", metavar="FILE", help="write the table of parallel layouts to FILE")
-    parser.addoption("--kills", type=int, default=6, help="how often a run is killed (default: 6)")
+    parser.addoption("--kills", type=int, default=4, help="how often a run is killed (default: 4)")
     parser.addoption("--many-ranks", action="store_true", help="also run layouts of more than 8 ranks: minutes each")
 
 

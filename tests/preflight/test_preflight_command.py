@@ -13,6 +13,7 @@ from tools.preflight import CONF, main
 
 # InternLM2-20B at tensor 4 x pipeline 2, and the frame encoder, which every rank has whole.
 LANGUAGE, ENCODER = 2.483e9, 5.54e9 + 116e6
+SHORT = ("data.seq_length=256", "train.microbatches=2", "model.language.num_layers=2")
 
 
 def preflight(
@@ -49,14 +50,14 @@ def test_internvl26b_on_64_gpus(
 def test_what_does_not_fit_is_told_with_what_would(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # 6 GiB are set aside. The tiny model's step takes some 50 MiB, most of it activations of frames.
-    asked = ("+exp=fmri", "--gpus", 2, "--memory")
+    # 6 GiB are set aside. The tiny model's step takes some 30 MiB, most of it activations of frames.
+    asked = ("+exp=fmri", *SHORT, "--gpus", 1, "--memory")
     code, output = preflight(monkeypatch, capsys, *asked, 7)
     assert code == 0 and "It fits." in output
-    code, output = preflight(monkeypatch, capsys, *asked, 6.05)
-    assert code == 1 and "does not fit: rank 0 takes 0.06 GiB; it fits with model.frames_in_flight=" in output
+    code, output = preflight(monkeypatch, capsys, *asked, 6.02)
+    assert code == 1 and "does not fit: rank 0 takes 0.03 GiB; it fits with model.frames_in_flight=" in output
     mend = output.rpartition("it fits with ")[2].splitlines()[0].split()
-    assert preflight(monkeypatch, capsys, *asked, 6.05, *mend)[0] == 0
+    assert preflight(monkeypatch, capsys, *asked, 6.02, *mend)[0] == 0
     code, output = preflight(monkeypatch, capsys, *asked, 6.001)
     assert code == 1 and "none of the changes that were tried helps: take more or larger GPUs" in output
 
@@ -65,9 +66,8 @@ def test_the_best_layout_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     numbers = tmp_path / "x.json"
-    short = ("data.seq_length=256", "train.microbatches=2", "model.language.num_layers=2")
     experts = ("model.language.moe.num_experts=2", "model.language.moe.intermediate_size=64")
-    asked = ("+exp=fmri", "--gpus", 2, "--memory", 7, *short, *experts)
+    asked = ("+exp=fmri", "--gpus", 2, "--memory", 7, *SHORT, *experts)
     code, output = preflight(monkeypatch, capsys, *asked, "--search", "--jobs", 1, "--json", numbers)
     assert code == 0
     found = json.loads(numbers.read_text())["layouts"]
@@ -79,8 +79,6 @@ def test_the_best_layout_is_found(
     assert "parallel.tensor=1" in best
     code, output = preflight(monkeypatch, capsys, *asked, *best)
     assert code == 0 and "It fits." in output
-    code, output = preflight(monkeypatch, capsys, "+exp=fmri", "--gpus", 1, "--memory", 6.001, *short, "--search")
-    assert code == 1 and "none fits: the smallest takes " in output and "**too much**" in output
 
 
 def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
