@@ -316,7 +316,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     number, rank = found.fullest
     mend = look_for_mend(args, cluster, config)
-    help_ = f"it fits with {mend}" if mend else "none of the changes that were tried helps: take more or larger GPUs"
+    help_ = f"it fits with {mend}" if mend else "no single change helps: look at all layouts with --search"
     print(f"does not fit: rank {number} takes {gib(rank.memory)} GiB; {help_}")
     return 1
 
