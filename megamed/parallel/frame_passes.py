@@ -14,6 +14,7 @@ Shapes: N frames, C channels, H and W pixels of a frame; K visual tokens of a fr
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -61,8 +62,8 @@ class FramePasses:
         self.dtype = dtype
         self.frames_per_pass = min(frames_per_pass, frames_per_pass if frames_in_flight is None else frames_in_flight)
         self.frames_in_flight = frames_in_flight
-        self.encoding = Stopwatch()
-        """Time of `forward`'s passes."""
+        self.stopwatch: Stopwatch | None = None
+        """Sums the time of the passes that `backward` follows; whoever sets it takes what it sums."""
         self._passes: list[_Pass] = []
 
     def split(self, frames: Sequence[Frame]) -> list[list[Frame]]:
@@ -94,7 +95,7 @@ class FramePasses:
             region = slice(start * self.tokens_per_frame, stop * self.tokens_per_frame)
             pixels_NCHW = load(portion).to(current_device(), non_blocking=True).to(self.dtype)
             with_graph = keep_graph and (self.frames_in_flight is None or stop <= self.frames_in_flight)
-            with self.encoding.running():
+            with self.stopwatch.running() if self.stopwatch and keep_graph else nullcontext():
                 encoded_RD = self._encode(pixels_NCHW, with_graph)
             rows_RD[region] = encoded_RD.detach()
             if keep_graph:  # of a graph the end alone: the rows themselves are where the caller wants them

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megamed.parallel import VisionPhase
-from megamed.runtime import current_device
+from megamed.runtime import Stopwatch, current_device
 from megamed.train.config import JobConfig
 from megamed.train.loop import StepEvent
 from megamed.train.step_log import StepLog
@@ -42,6 +42,7 @@ class Stragglers:
 
     def __init__(self, path: Path, config: JobConfig, phase: VisionPhase):
         self.log, self.phase, self.every = StepLog(path), phase, config.train.straggler_steps
+        self._encoding = Stopwatch()
         self._nodes: list[str] = []
         self._forget()
 
@@ -53,7 +54,8 @@ class Stragglers:
             return
         self.log.start(step)
         self._forget()
-        self.phase.passes.encoding.take()  # what a warm-up or an evaluation took
+        self.phase.passes.stopwatch = self._encoding
+        self._encoding.take()  # of steps that a run went back from
         names: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(names, os.environ.get("SLURMD_NODENAME") or socket.gethostname())
         self._nodes = names
@@ -70,7 +72,7 @@ class Stragglers:
 
     def _compare(self, step: int) -> None:
         mine = torch.tensor(
-            [self.phase.passes.encoding.take(), self._frames, self._data, self._seconds], device=current_device()
+            [self._encoding.take(), self._frames, self._data, self._seconds], device=current_device()
         )
         all_R4 = mine.new_empty(dist.get_world_size(), 4)
         dist.all_gather_into_tensor(all_R4.flatten(), mine)
