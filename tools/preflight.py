@@ -281,23 +281,11 @@ def write_json(path: Path, cluster: "ClusterConfig", found: "Sequence[Assessment
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def quieten() -> None:
-    """Of what torch and Megatron warn about, nothing concerns a job that does not run."""
-    import logging
-    import warnings
-
-    from megamed.utils import log
-
-    log.setup(0, level="WARNING")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-
-
 def run(args: argparse.Namespace) -> int:
     """Build the ranks; 1 if they cannot fit."""
     from tqdm import tqdm
 
-    from megamed.preflight import assess
+    from megamed.preflight import assess, quieten
 
     quieten()
     cluster = cluster_of(args)

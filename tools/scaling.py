@@ -182,8 +182,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Make the points, then tables and plots."""
+    from megamed.preflight import quieten
     from megamed.utils.optional import require
-    from tools.preflight import quieten
 
     require("matplotlib", "The plot", "pip install -c constraints.txt matplotlib")
     quieten()

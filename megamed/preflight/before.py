@@ -41,16 +41,19 @@ def check_before_start(config: JobConfig, file: Path | None, overrides: Sequence
     command = [sys.executable, str(_TOOL), *overrides, *(["--config", str(file)] if file else [])]
     command += ["--gpus", str(gpus), "--gpus-per-node", str(ranks_per_node()), "--memory", f"{memory:.2f}"]
     log.info("preflight: whether %d ranks of %.0f GiB have room (run.preflight=no leaves it out)", gpus, memory)
-    hidden = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
-    environment = {key: value for key, value in os.environ.items() if key not in hidden}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=alone_without_gpu(), capture_output=True, text=True)
     if done.returncode == 1 and (verdict := [line for line in done.stdout.splitlines() if "does not fit" in line]):
         raise UserError(f"preflight: {verdict[-1]} (run.preflight=no starts it anyhow)")
     if done.returncode:
         log.warning(
             "preflight ended with code %d and without a verdict: %s", done.returncode, done.stderr.strip()[-500:]
         )
+
+
+def alone_without_gpu() -> dict[str, str]:
+    """This rank's environment for a process that is no rank, and sees no GPU."""
+    hidden = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
+    return {key: value for key, value in os.environ.items() if key not in hidden} | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def _memory_gib() -> float:

@@ -53,20 +53,23 @@ class ClusterConfig:
             operation: as in `Work.transfers`.
             ranks: of the group.
         """
-        nodes = {rank // self.gpus_per_node for rank in ranks}
-        if len(nodes) == 1:
+        num_nodes = self._num_nodes(ranks)
+        if num_nodes == 1:
             return self.nvlink_gb_s * self.bandwidth
         ports = 1.0
         if operation == "all-to-all":
             # All but what stays in the node goes over the GPU's own port.
-            ports = (len(ranks) - 1) / (len(ranks) - len(ranks) / len(nodes))
+            ports = (len(ranks) - 1) / (len(ranks) - len(ranks) / num_nodes)
         elif operation != "send":
-            ports = len(ranks) / len(nodes)
+            ports = len(ranks) / num_nodes
         return min(self.nvlink_gb_s, ports * self.network_gb_s) * self.bandwidth
 
     def link_name(self, ranks: Sequence[int]) -> str:
         """Over what a group sends."""
-        return "network" if len({rank // self.gpus_per_node for rank in ranks}) > 1 else "NVLink"
+        return "network" if self._num_nodes(ranks) > 1 else "NVLink"
+
+    def _num_nodes(self, ranks: Sequence[int]) -> int:
+        return len({rank // self.gpus_per_node for rank in ranks})
 
 
 def load_cluster(conf: Path, name: str) -> ClusterConfig:

@@ -1,5 +1,7 @@
 """A whole job at one layout: its fullest rank, and its step."""
 
+import logging
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,6 +11,7 @@ from megamed.preflight.estimate import estimate_rank
 from megamed.preflight.roofline import Estimate, estimate, rows_of_replica
 from megamed.preflight.step import Rank, filled_row, trace_rank
 from megamed.train import JobConfig
+from megamed.utils.log import setup
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,13 @@ class Assessment:
         }  # fmt: skip
         told = [f"parallel.{key}={size}" for key, size in sizes.items()]
         return " ".join([*told, f"parallel.sequence={str(p.sequence).lower()}"])
+
+
+def quieten() -> None:
+    """Of what torch and Megatron warn about, nothing concerns a job that does not run."""
+    setup(0, level="WARNING")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
 
 
 def room(cluster: ClusterConfig) -> float:

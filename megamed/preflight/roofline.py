@@ -6,7 +6,7 @@ ring's transfers hide behind its attention, nothing else hides. What a program o
 waiting for data, are not in it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megamed.data import Microbatch
@@ -107,7 +107,7 @@ def phase_seconds(phase: str, work: Work, groups: Mapping[str, list[int]], clust
     return seconds
 
 
-def estimate(config: JobConfig, ranks: Iterable[Rank], row: Microbatch, cluster: ClusterConfig) -> Estimate:
+def estimate(config: JobConfig, ranks: Sequence[Rank], row: Microbatch, cluster: ClusterConfig) -> Estimate:
     """The step of a job.
 
     All ranks wait for the slowest at the end of each phase. The stages of a pipeline wait for each other: of the time

@@ -1,7 +1,6 @@
 """Which layout is the best for a job: all that it accepts are assessed, and ranked."""
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from copy import deepcopy
@@ -10,7 +9,7 @@ from itertools import product, repeat
 from multiprocessing import get_context, parent_process
 
 from megamed.preflight.cluster import ClusterConfig
-from megamed.preflight.job import Assessment, assess, room
+from megamed.preflight.job import Assessment, assess, quieten, room
 from megamed.runtime import ParallelConfig
 from megamed.train import JobConfig
 from megamed.utils import UserError
@@ -75,7 +74,8 @@ def search(
     """
     groups = layouts(config, cluster)
     # Spawned, since torch's threads do not live through a fork.
-    with ProcessPoolExecutor(processes or min(os.cpu_count() or 1, 8), mp_context=get_context("spawn")) as pool:
+    count = processes or min(os.cpu_count() or 1, 8)
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=quieten) as pool:
         tasks: dict[Future[list[Assessment]], int] = {}
         for group in groups:
             tasks[pool.submit(_assess_group, config, cluster, group)] = len(group)
@@ -118,7 +118,6 @@ def _assess_group(config: JobConfig, cluster: ClusterConfig, group: Sequence[Par
 def _assess_layout(
     config: JobConfig, cluster: ClusterConfig, parallel: ParallelConfig, quick: bool = False
 ) -> Assessment:
-    warnings.simplefilter("ignore")  # of torch and Megatron, about what is no concern of a job that does not run
     return assess(with_layout(config, parallel), cluster, quick=quick)
 
 

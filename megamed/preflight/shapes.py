@@ -1,4 +1,4 @@
-"""Results of frequent operations on the meta device, without torch's checks, which take ten times as long.
+"""Results of frequent operations on the meta device, without torch's checks, which take longer than all else.
 
 A step has hundreds of thousands of operations, nearly all of a few kinds. That their arguments fit each other has been
 seen wherever the same code has trained.

@@ -101,12 +101,9 @@ class Work:
             kind, flops = PRODUCTS, flop_registry[packet](*args, **kwargs, out_val=result)
         else:
             kind, flops = OTHERS, 0
-        self._add(kind, flops, _moved(packet, (args, kwargs), result))
-
-    def _add(self, kind: str, flops: float, moved: float) -> None:
         amount = self.computed.setdefault(kind, Amount())
         amount.flops += flops
-        amount.moved += moved
+        amount.moved += _moved(packet, (args, kwargs), result)
 
     def transfer(self, func: Any, args: Sequence[Any], axis_of: Callable[[dist.ProcessGroup, str], str]) -> None:
         """Count a transfer.

@@ -19,7 +19,7 @@ from megamed.utils.optional import hidden, hide_unrelated_apex
 def prepare_megatron() -> None:
     """Make `import megatron.core` work here: with CUDA as it is, without it through the CPU backend."""
     hide_unrelated_apex()
-    # Megatron would import Weights & Biases, for its own timers: a sixth of the time that a process needs to start.
+    # Megatron would import Weights & Biases, which takes a while, for timers that nobody here uses.
     with quiet_imports(), hidden("wandb"):
         if not torch.cuda.is_available():
             _hide_transformer_engine()

@@ -10,7 +10,6 @@ allocator gave at the most, since the start; on a CPU, which has none, the stora
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -42,16 +41,16 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def predicted(overrides: Sequence[str], gpus: int, every_layer: bool) -> dict[str, Any]:
+def predicted(overrides: Sequence[str], gpus: int) -> dict[str, Any]:
     """What tools/preflight.py says, in a process of its own that sees no GPU."""
-    hidden = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
-    environment = {key: value for key, value in os.environ.items() if key not in hidden}
+    from megamed.preflight import alone_without_gpu
+
     with tempfile.TemporaryDirectory() as folder:
         numbers = Path(folder) / "numbers.json"
         # So much memory that it fits, whatever it is: no changes are tried.
         command = [sys.executable, str(ROOT / "tools" / "preflight.py"), *overrides, "--gpus", str(gpus)]
-        command += ["--memory", "1e6", "--json", str(numbers), *(["--every-layer"] if every_layer else [])]
-        subprocess.run(command, env={**environment, "CUDA_VISIBLE_DEVICES": ""}, check=True, stdout=subprocess.DEVNULL)
+        command += ["--memory", "1e6", "--json", str(numbers), "--every-layer"]
+        subprocess.run(command, env=alone_without_gpu(), check=True, stdout=subprocess.DEVNULL)
         found: dict[str, Any] = json.loads(numbers.read_text())["layouts"][0]
     return found
 
@@ -61,7 +60,6 @@ def run_steps(config: "JobConfig", args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from megamed import preflight, runtime, train
-    from megamed.parallel import trim_padding
 
     mesh = runtime.build_mesh(config.parallel, config.ulysses, config.document_multiple)
     runtime.seed_everything(config.train.seed, mesh.data_rank)
@@ -76,7 +74,7 @@ def run_steps(config: "JobConfig", args: argparse.Namespace) -> dict[str, Any]:
 
     if device.type == "cpu":
         held = preflight.held_by(job.model, job.optimizer).total
-        peak, *_ = preflight.trace_step(job.model, job.phase, job.optimizer, mesh, trim_padding(rows, mesh), load)
+        peak, *_ = preflight.trace_step(job.model, job.phase, job.optimizer, mesh, rows, load)
         return {"bytes": held + peak.most, "seconds": []}
     seconds = []
     for _ in range(args.warmup + args.repetitions):
@@ -105,7 +103,7 @@ def main(args: argparse.Namespace) -> None:
     runtime.start()
     rank = runtime.global_rank()
     asked = [*args.overrides, f"train.dtype={config.train.dtype}"]
-    said = predicted(asked, world_size, every_layer=True) if rank == 0 else {}
+    said = predicted(asked, world_size) if rank == 0 else {}
     found: list[Any] = [None] * world_size
     dist.all_gather_object(found, run_steps(config, args))
     if rank:
